@@ -20,14 +20,6 @@ class OptionalBuild(build_ext):
         except Exception as error:  # any compiler trouble: the numpy twin serves
             print(f"fastlm: {ext.name} was not built ({error}); its numpy twin will be used")
 
-    def copy_extensions_to_source(self):
-        built = [ext for ext in self.extensions if os.path.exists(self.get_ext_fullpath(ext.name))]
-        self.extensions, everything = built, self.extensions
-        try:
-            super().copy_extensions_to_source()
-        finally:
-            self.extensions = everything
-
 
 def host_extension():
     """The pybind11 module, if pybind11 and a C++ compiler are at hand."""
@@ -45,7 +37,7 @@ def host_extension():
             include_dirs=[pybind11.get_include()],
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden"],
             language="c++",
-            optional=True,
+            optional=True,  # setuptools then copies only what was built
         )
     ]
 
