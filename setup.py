@@ -45,9 +45,7 @@ def host_extension():
 setup(
     packages=["fastlm", "fastlm.kernels"]
     + sorted(
-        root.replace(os.sep, ".")
-        for root, _, files in os.walk("fastlm")
-        if root != "fastlm" and "__init__.py" in files
+        root.replace(os.sep, ".") for root, _, files in os.walk("fastlm") if root != "fastlm" and "__init__.py" in files
     ),
     package_dir={"fastlm.kernels": "kernels"},
     ext_modules=host_extension(),
