@@ -1,0 +1,99 @@
+"""What a run does before its first step: the device, the out folder, the checkpoint to resume from."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.config import to_dict
+from fastlm.errors import UserError
+from fastlm.train import checkpoint
+from fastlm.train.config import TrainConfig
+
+# All that training writes into the out folder, and so all that `overwrite` may delete from it.
+PRODUCTS = ("checkpoints", "best", "model", "tensorboard", "metrics.jsonl", "loss.png", "report.html")
+
+
+def start_folder(out: Path, overwrite: bool) -> None:
+    """Makes the out folder. Raises UserError if it holds a run, unless that is to be deleted."""
+    if (out / "checkpoints").exists() or (out / "metrics.jsonl").exists():
+        if not overwrite:
+            raise UserError(f"train: {out} already holds a run; give resume, overwrite or another out folder")
+        for path in (out / name for name in PRODUCTS):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def newest_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest valid checkpoint of a run; None if it was stopped before its first one.
+
+    Damaged newer ones are renamed to damaged-step-<number>, so that they never count among the checkpoints to keep, and named.
+
+    Raises:
+        UserError: there is no run in the folder, or none of its checkpoints is valid.
+    """
+    path, skipped = checkpoint.latest_valid(out / "checkpoints")
+    for damaged, fault in skipped:
+        aside = damaged.with_name(f"damaged-{damaged.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        damaged.rename(aside)
+        say(f"skipped checkpoint {damaged}: {fault}; set aside as {aside.name}")
+    if path is None and skipped:
+        raise UserError(f"train: no checkpoint in {out / 'checkpoints'} is valid; start again with overwrite")
+    if path is None:
+        if not (out / "metrics.jsonl").exists():
+            raise UserError(f"train: nothing to resume in {out}; check the out folder or leave resume away")
+        say(f"no checkpoint yet in {out}: starting from the beginning")
+    return path
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; auto is the first GPU, or the CPU. Raises UserError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"train: device must be auto, cpu, cuda or cuda:<number>, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"train: device {name} is not there ({torch.cuda.device_count()} GPUs found); use cpu or auto")
+    return device
+
+
+def plain_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a resumed run is compared in, as JSON holds them."""
+    values = {k: v for k, v in to_dict(config).items() if k not in ("resume", "overwrite")}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """The batch (a dataclass) with its tensors on the device, copied without waiting for them."""
+    if device.type == "cpu":
+        return batch
+    moved = {
+        f.name: getattr(batch, f.name).pin_memory().to(device, non_blocking=True)
+        for f in dataclasses.fields(batch)
+        if isinstance(getattr(batch, f.name), Tensor)
+    }
+    return dataclasses.replace(batch, **moved)
+
+
+def first_batches(loader: Any, count: int) -> Iterator[Any]:
+    """The next `count` batches; all that are left for 0."""
+    return itertools.islice(iter(loader), count or None)
+
+
+def open_tensorboard(out: Path, step: int) -> Any:
+    """A SummaryWriter on out/tensorboard that hides what an earlier run wrote after `step`. Raises UserError if not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("train: tensorboard is switched on but not installed; pip install tensorboard") from error
+    return SummaryWriter(out / "tensorboard", purge_step=step + 1 if step else None)
