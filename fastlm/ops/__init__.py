@@ -1,6 +1,9 @@
 """The ops: one public function each, `F.*`-shaped, with interchangeable backends. See `explain` and `use_backend`."""
 
 from fastlm.ops._op import Explanation, explain, use_backend
+from fastlm.ops.activation import activation, glu
+from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.rms_norm import rms_norm
+from fastlm.ops.rotary import rotary
 
-__all__ = ["Explanation", "explain", "rms_norm", "use_backend"]
+__all__ = ["Explanation", "activation", "explain", "glu", "layer_norm", "rms_norm", "rotary", "use_backend"]

@@ -1,0 +1,117 @@
+"""Activations, plain and gated. One file for two ops, `activation` and `glu`: they share their kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.ops._op import Op, compute_dtype
+
+_FORMS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+def _torch(x, kind):
+    return _FORMS[kind](x)
+
+
+def _reference(x, kind):
+    return _FORMS[kind](x.to(compute_dtype(x))).to(x.dtype)
+
+
+def _torch_glu(gate, up, kind):
+    return _FORMS[kind](gate) * up
+
+
+def _reference_glu(gate, up, kind):
+    dtype = compute_dtype(gate)
+    return (_FORMS[kind](gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+OP = Op(
+    "activation",
+    "(Tensor x, str kind, str backend) -> Tensor y",
+    "(Tensor dy, Tensor x, str kind, str backend) -> Tensor dx",
+    reference=_reference,
+    torch=_torch,
+    dtypes=_DTYPES,
+)
+GLU = Op(
+    "glu",
+    "(Tensor gate, Tensor up, str kind, str backend) -> Tensor y",
+    "(Tensor dy, Tensor gate, Tensor up, str kind, str backend) -> (Tensor dgate, Tensor dup)",
+    reference=_reference_glu,
+    torch=_torch_glu,
+    dtypes=_DTYPES,
+)
+
+
+def _check(op: str, kind: str, **tensors: Tensor) -> None:
+    if kind not in _FORMS:
+        raise ValueError(f"{op}: the activation must be one of {', '.join(_FORMS)}, got {kind!r}")
+    for name, t in tensors.items():
+        if not t.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
+
+
+def activation(x: Tensor, kind: str, *, backend: str = "auto") -> Tensor:
+    """y = act(x), element by element.
+
+    Args:
+        x: [...], fp16, bf16, fp32 (any float dtype on the reference), any strides.
+        kind: "gelu" (x Phi(x), with erf), "gelu_tanh" (its tanh form), "silu" (x sigmoid(x)) or "relu2" (max(x, 0)^2).
+        backend: "auto", "reference", "torch" or "triton".
+
+    Returns:
+        y [...] in x's dtype; computed in fp32. The backward recomputes from x, nothing else is saved. Under autocast
+        dtypes are kept.
+
+    Raises:
+        ValueError: an unknown kind, an unknown or unsupported backend. TypeError: x is not floating point.
+
+    Backends: triton on compute capability >= 8.0. Papers: GELU, Hendrycks and Gimpel 2016, arXiv:1606.08415; squared ReLU,
+    So et al. 2021, arXiv:2109.08668.
+    """
+    _check("activation", kind, x=x)
+    backend = OP.choose(backend, x)
+    if backend in OP.plain_forms:
+        return OP.plain(backend, x, kind)
+    return OP.forward(x, kind, backend)
+
+
+def glu(gate: Tensor, up: Tensor, activation: str = "silu", *, backend: str = "auto") -> Tensor:
+    """y = act(gate) * up, the gated linear unit of Llama's MLP ("silu": SwiGLU, "gelu_tanh": GeGLU).
+
+    Args:
+        gate: [..., F], fp16, bf16, fp32 (any float dtype on the reference), any strides. The halves of one [..., 2 F] product
+            (`gate, up = product.chunk(2, -1)`) are read where they lie.
+        up: shape and dtype of gate.
+        activation: "gelu", "gelu_tanh", "silu" or "relu2", as in `activation`.
+        backend: "auto", "reference", "torch" or "triton".
+
+    Returns:
+        y [..., F] in gate's dtype; computed in fp32. The backward recomputes from gate and up, nothing else is saved. Under
+        autocast dtypes are kept.
+
+    Raises:
+        ValueError: shapes that differ, an unknown activation, an unknown or unsupported backend. TypeError: gate or up is
+        not floating point, or their dtypes differ.
+
+    Backends: triton on compute capability >= 8.0. Paper: Shazeer 2020, arXiv:2002.05202.
+    """
+    _check("glu", activation, gate=gate, up=up)
+    if up.shape != gate.shape:
+        raise ValueError(f"glu: up must have gate's shape {list(gate.shape)}, got {list(up.shape)}")
+    if up.dtype != gate.dtype:
+        raise TypeError(f"glu: up must have gate's dtype {gate.dtype}, got {up.dtype}")
+    backend = GLU.choose(backend, gate, up)
+    if backend in GLU.plain_forms:
+        return GLU.plain(backend, gate, up, activation)
+    return GLU.forward(gate, up, activation, backend)
