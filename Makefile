@@ -1,0 +1,50 @@
+# Everything happens in .venv: `make demo` trains a small model, `make test` runs every check a machine without a GPU can run.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+# Small tensors on many test processes: one thread each is fastest, and keeps results repeatable.
+TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest
+JOBS ?= 2
+
+.PHONY: demo test test-all lint format bench aot clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/fastlm demo
+
+test: $(VENV)/.test lint
+	$(TESTS) -n $(JOBS) --dist loadfile -q -m "not slow"
+
+test-all: $(VENV)/.test lint
+	$(TESTS) -n $(JOBS) --dist loadfile -q
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.test
+	$(PY) -m benchmarks run --suite quick
+
+aot: $(VENV)/.test
+	$(PY) -m benchmarks.aot
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Installed without build isolation: an isolated build would fetch a second torch.
+$(VENV)/.installed: pyproject.toml setup.py csrc/host.cpp | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel pybind11
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info runs .pytest_cache .ruff_cache
