@@ -1,0 +1,402 @@
+"""The measuring harness: what a benchmark file declares (`Bench`), the accuracy gate, and the clock.
+
+A benchmark file, benchmarks/ops/bench_<stem>.py, defines one `BENCH`; see bench_rms_norm.py. Rules of the house:
+
+- A provider that fails the accuracy gate gets no time, and one that is missing is a row that says why.
+- Providers are timed in turns within one process, in an order that changes from round to round, so that clocks, heat and
+  neighbours touch all alike; the result is the median with its quartiles.
+- On a GPU: device events, the L2 cache flushed before every call, and the flush long enough that the host has queued the
+  call before it ends. On a CPU: a monotonic clock.
+- Data are random. Zeros draw less power and run faster than any real tensor.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+from fastlm.ops._op import REGISTRY
+from fastlm.testing import assert_accurate
+
+MODES = ("forward", "backward", "both")
+OURS = "fastlm:"  # how the names of our own providers begin
+_FOREIGN = 5
+_FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute the op. `build()` returns fn(*args) -> output(s); an ImportError there means "not installed"."""
+
+    name: str
+    build: Callable[[], Callable]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One op to measure.
+
+    Attributes:
+        op: name in fastlm.ops._op.REGISTRY.
+        make: make(dtype, device, **size) -> args, random; tensors that get a gradient have requires_grad set. Lists of
+            tensors are allowed.
+        reference: fn(*args) in any dtype up to fp64: what is right.
+        providers: what is timed. The first one in plain torch (see `plain`) is the yardstick of accuracy and speed.
+        sizes: suite -> list of keyword arguments of `make`: "tiny" (rehearsals and tests), "cpu", "quick" and, if it
+            differs from quick, "full" (the last two on a GPU).
+        traffic: traffic(mode, *args) -> bytes that must be read and written at least, for mode "forward" and "backward".
+        flops: like traffic, in floating point operations. Where given, the rate shown is TFLOP/s, else GB/s.
+        plain: name of the yardstick among the providers.
+        modes: subset of MODES; an op without gradient has only "forward".
+        dtypes: device type -> dtypes measured there.
+        gate_size: size -> the size at which accuracy is checked, where the reference cannot run at the full one.
+    """
+
+    op: str
+    make: Callable[..., tuple]
+    reference: Callable[..., Any]
+    providers: Sequence[Provider]
+    sizes: dict[str, list[dict]]
+    traffic: Callable[..., float] | None = None
+    flops: Callable[..., float] | None = None
+    plain: str = "torch"
+    modes: tuple[str, ...] = MODES
+    dtypes: dict[str, tuple[torch.dtype, ...]] = field(
+        default_factory=lambda: {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+    )
+    gate_size: Callable[[dict], dict] = lambda size: size
+
+    def sizes_of(self, suite: str, device: str) -> list[dict]:
+        """The sizes of a suite ("tiny", "quick" or "full") on a device."""
+        if suite != "tiny":
+            suite = "cpu" if device == "cpu" else suite
+        return self.sizes.get(suite) or self.sizes["quick"]
+
+
+def ours(op: str, fn: Callable) -> list[Provider]:
+    """A provider "fastlm:<backend>" for every backend of the op but the reference; fn(*args, backend=...) calls the op."""
+    backends = [b for b in REGISTRY[op].backends if b != "reference"]
+    return [Provider(OURS + b, partial(partial, fn, backend=b)) for b in backends]
+
+
+def plain(fn: Callable, name: str = "torch") -> Provider:
+    """The provider that calls fn(*args), a user's plain torch."""
+    return Provider(name, lambda: fn)
+
+
+def compiled(fn: Callable, name: str = "torch.compile") -> Provider:
+    """The provider that calls torch.compile(fn), compiled anew for every size (static shapes: torch's best case)."""
+    return Provider(name, lambda: torch.compile(fn, dynamic=False))
+
+
+# --- one measured cell --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One provider in one cell (op, size, dtype, mode): a time, or the reason why there is none."""
+
+    op: str
+    provider: str
+    size: dict
+    dtype: str
+    mode: str
+    ms: float | None = None  # median, with the quartiles below
+    q1: float | None = None
+    q3: float | None = None
+    samples: int = 0
+    gbps: float | None = None
+    tflops: float | None = None
+    speedup: float | None = None  # over the plain provider of the same cell
+    host_us: float | None = None  # time for the host to queue the call (GPU only)
+    peak_mb: float | None = None  # device memory the call needs beyond its arguments (GPU only)
+    reason: str | None = None  # "missing: ...", "failed: ..." or "wrong: ..."
+
+
+def copy_args(args: tuple, dtype: torch.dtype | None = None) -> tuple:
+    """Fresh leaves with the same values; floating ones cast to dtype if given."""
+
+    def copy(a: Any) -> Any:
+        if isinstance(a, (list, tuple)):
+            return type(a)(copy(item) for item in a)
+        if not isinstance(a, Tensor):
+            return a
+        twin = a.detach().clone()
+        if dtype is not None and a.is_floating_point():
+            twin = twin.to(dtype)
+        return twin.requires_grad_(a.requires_grad)
+
+    return tuple(copy(a) for a in args)
+
+
+def _flat(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    return [t for v in values for t in _flat(v)] if isinstance(values, (list, tuple)) else []
+
+
+def _evaluate(fn: Callable, args: tuple, with_grad: bool) -> list[Tensor]:
+    """Outputs, followed by the gradients under fixed random cotangents if with_grad."""
+    with torch.set_grad_enabled(with_grad):
+        outs = _flat(fn(*args))
+    if not with_grad:
+        return outs
+    live = [o for o in outs if o.requires_grad]
+    inputs = [a for a in _flat(args) if a.requires_grad]
+    grads = torch.autograd.grad(live, inputs, _cotangents(live), allow_unused=True)
+    return [o.detach() for o in outs] + [g for g in grads if g is not None]
+
+
+def _cotangents(outs: Sequence[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    # Drawn in fp32 on the CPU so that every dtype and device gets the same ones.
+    return [torch.randn(o.shape, generator=generator).to(o.dtype).to(o.device) for o in outs]
+
+
+def gate(bench: Bench, fns: dict[str, Callable], args: tuple, with_grad: bool) -> dict[str, str]:
+    """The accuracy gate: provider -> why it gets no time, for those that fail or are wrong.
+
+    The rule is fastlm.testing.assert_accurate's: at most twice the error of plain torch in the same dtype. Others than
+    ours may have ten times that error: they are refused for being wrong, not for summing in another order.
+    """
+    dtype = next(t.dtype for t in _flat(args) if t.is_floating_point())
+    exact_dtype = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+    exact = _evaluate(bench.reference, copy_args(args, exact_dtype), with_grad)
+    yardstick = _evaluate(fns[bench.plain], copy_args(args), with_grad)
+    against = {}
+    for name, fn in fns.items():
+        try:
+            got = _evaluate(fn, copy_args(args), with_grad)
+            assert len(got) == len(exact), f"{len(got)} results, expected {len(exact)}"
+            for i, (g, e, p) in enumerate(zip(got, exact, yardstick)):
+                allowed = p if name.startswith(OURS) else e + _FOREIGN * (p.to(e.dtype) - e)
+                assert_accurate(g, e, allowed, f"result {i}")
+        except AssertionError as error:
+            against[name] = "wrong: " + _first_line(error)
+        except Exception as error:  # whatever a foreign provider throws is its row's text, not our end
+            against[name] = failure(error)
+    return against
+
+
+def failure(error: Exception) -> str:
+    """The reason of a row whose provider raised."""
+    return f"failed: {type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def prepare(fn: Callable, args: tuple, mode: str) -> Callable[[], Any]:
+    """A call without arguments that does the mode's work once."""
+    if mode == "forward":
+
+        def forward():
+            with torch.no_grad():
+                return fn(*args)
+
+        return forward
+    inputs = [a for a in _flat(args) if a.requires_grad]
+    outs = [o for o in _flat(fn(*args)) if o.requires_grad]
+    cotangents = _cotangents(outs)
+    if mode == "backward":
+        return lambda: torch.autograd.grad(outs, inputs, cotangents, retain_graph=True, allow_unused=True)
+
+    def both():
+        live = [o for o in _flat(fn(*args)) if o.requires_grad]
+        return torch.autograd.grad(live, inputs, cotangents, allow_unused=True)
+
+    return both
+
+
+# --- clocks -------------------------------------------------------------------------------------------------------
+
+
+def balanced_order(count: int, turn: int) -> list[int]:
+    """The order of `count` providers in one turn: rotated, and reversed every other turn."""
+    order = [(i + turn // 2) % count for i in range(count)]
+    return order[::-1] if turn % 2 else order
+
+
+def time_calls(calls: Sequence[Callable], device: str, seconds: float) -> list[list[float]]:
+    """Milliseconds of each call, a list of samples each, taken in turns for about `seconds` in all (at least 7 turns)."""
+    return _time_cuda(calls, seconds) if device == "cuda" else _time_cpu(calls, seconds)
+
+
+def _time_cpu(calls: Sequence[Callable], seconds: float) -> list[list[float]]:
+    def clock(call: Callable, repeats: int) -> float:
+        start = time.perf_counter_ns()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter_ns() - start) / repeats / 1e6
+
+    estimates = []
+    for call in calls:
+        call()
+        estimates.append(min(clock(call, 1) for _ in range(3)))
+    repeats = [max(1, math.ceil(1.0 / max(e, 1e-4))) for e in estimates]  # a sample lasts a millisecond or more
+    turn_ms = sum(e * r for e, r in zip(estimates, repeats))
+    turns = int(min(max(seconds * 1e3 / turn_ms, 7), 200))
+    samples: list[list[float]] = [[] for _ in calls]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(turns):
+            for i in balanced_order(len(calls), turn):
+                samples[i].append(clock(calls[i], repeats[i]))
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def host_us(call: Callable) -> float:
+    """Microseconds the host needs to queue the call on the GPU, with the queue empty before."""
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        call()
+        times.append((time.perf_counter_ns() - start) / 1e3)
+    return sorted(times)[2]
+
+
+def _time_cuda(calls: Sequence[Callable], seconds: float) -> list[list[float]]:
+    buffer = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+
+    def event_pair() -> tuple:
+        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def clock(work: Callable, before: Callable = lambda: None) -> tuple:
+        before()
+        start, end = event_pair()
+        start.record()
+        work()
+        end.record()
+        return start, end
+
+    def ms(pair: tuple) -> float:
+        torch.cuda.synchronize()
+        return pair[0].elapsed_time(pair[1])
+
+    buffer.zero_()
+    flush_us = 1e3 * min(ms(clock(buffer.zero_)) for _ in range(3))
+    passes, estimates = [], []
+    for call in calls:
+        for _ in range(3):
+            call()
+        # The flush outlasts the host, or a slow host would be counted as a slow kernel.
+        passes.append(max(1, math.ceil(1.5 * host_us(call) / flush_us)))
+        estimates.append(min(ms(clock(call)) for _ in range(3)))
+    turn_ms = sum(e + p * flush_us / 1e3 for e, p in zip(estimates, passes))
+    turns = int(min(max(seconds * 1e3 / turn_ms, 7), 200))
+
+    def flush(times: int) -> None:
+        for _ in range(times):
+            buffer.zero_()
+
+    pairs: list[list[tuple]] = [[] for _ in calls]
+    for turn in range(turns):
+        for i in balanced_order(len(calls), turn):
+            pairs[i].append(clock(calls[i], partial(flush, passes[i])))
+        torch.cuda.synchronize()
+    return [[start.elapsed_time(end) for start, end in column] for column in pairs]
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """(first quartile, median, third quartile)."""
+    q = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    return tuple(q.tolist())
+
+
+def peak_mb(call: Callable) -> float:
+    """Device memory in MiB that the call needs at its peak, beyond what was there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    bench: Bench, size: dict, dtype: torch.dtype, device: str, *, seconds: float, only: str | None = None
+) -> list[Row]:
+    """Every mode and provider at one size and dtype: the gate first, then the times.
+
+    Args:
+        seconds: time to spend on each mode. only: measure this provider (and the plain one) alone.
+    """
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = (
+        False  # a compiled backward then allows retain_graph, which timing it needs
+    )
+    args = bench.make(dtype, device, **size)
+    for i, a in enumerate(_flat(args)):
+        if a.is_floating_point() and a.numel() > 1 and bool((a == a.flatten()[0]).all()):
+            raise ValueError(f"bench {bench.op}: tensor {i} is constant; constants run faster than any real data")
+    cell = {"op": bench.op, "size": size, "dtype": str(dtype)[6:]}
+    fns, reasons = {}, {}
+    for p in bench.providers:
+        if only is not None and p.name not in (only, bench.plain):
+            continue
+        if p.name == OURS + "triton" and device == "cpu":
+            reasons[p.name] = "missing: no CUDA GPU; times of Triton's interpreter mean nothing"
+            continue
+        try:
+            fns[p.name] = p.build()
+        except ImportError as error:
+            reasons[p.name] = f"missing: {_first_line(error)}"
+    gate_at = bench.gate_size(size)
+    gate_args = args if gate_at == size else bench.make(dtype, device, **gate_at)
+    reasons |= gate(bench, fns, gate_args, with_grad=len(bench.modes) > 1)
+    del gate_args
+    rows = [Row(**cell, mode="all", provider=name, reason=reason) for name, reason in reasons.items()]
+    names = [name for name in fns if name not in reasons]
+    for mode in bench.modes:
+        rows += _measure_mode(bench, cell, mode, {n: fns[n] for n in names}, args, device, seconds)
+    return rows
+
+
+def _measure_mode(
+    bench: Bench, cell: dict, mode: str, fns: dict, args: tuple, device: str, seconds: float
+) -> list[Row]:
+    rows, calls = [], {}
+    for name, fn in fns.items():
+        try:
+            calls[name] = prepare(fn, copy_args(args), mode)
+            calls[name]()
+        except Exception as error:  # passed the gate, yet fails here: for want of memory, most likely
+            calls.pop(name, None)
+            rows.append(Row(**cell, mode=mode, provider=name, reason=failure(error)))
+    samples = time_calls(list(calls.values()), device, seconds)
+    parts = ("forward", "backward") if mode == "both" else (mode,)
+    work = {key: sum(fn(part, *args) for part in parts) for key, fn in
+            (("traffic", bench.traffic), ("flops", bench.flops)) if fn is not None}  # fmt: skip
+    for (name, call), column in zip(calls.items(), samples):
+        q1, ms, q3 = quartiles(column)
+        row = Row(**cell, mode=mode, provider=name, ms=ms, q1=q1, q3=q3, samples=len(column))
+        if "traffic" in work:
+            row.gbps = work["traffic"] / ms / 1e6
+        if "flops" in work:
+            row.tflops = work["flops"] / ms / 1e9
+        if device == "cuda":
+            row.host_us, row.peak_mb = host_us(call), peak_mb(call)
+        rows.append(row)
+    base = next((r.ms for r in rows if r.provider == bench.plain), None)
+    for row in rows:
+        row.speedup = base / row.ms if base and row.ms else None
+    return rows
