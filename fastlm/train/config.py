@@ -18,7 +18,7 @@ class TrainConfig:
     resume: bool = option(False, "continue from the newest valid checkpoint in the out folder")
     overwrite: bool = option(False, "delete an earlier run in the out folder first")
 
-    steps: int | None = option(1000, "optimizer steps; none for a run bounded by max_seconds alone")
+    steps: int | None = option(None, "optimizer steps; none for 1000, or for as many as max_seconds allows")
     max_seconds: float | None = option(
         None, "stop after this many seconds of wall time; the schedule then ends with the time"
     )
@@ -55,7 +55,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.steps is None and self.max_seconds is None:
-            raise UserError("train: give steps or max_seconds (or both), got neither")
+            object.__setattr__(self, "steps", 1000)
         for name in (
             "steps",
             "max_seconds",

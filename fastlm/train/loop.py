@@ -334,7 +334,9 @@ class _Run:
         share = self._share_done()
         done = share - self.share_before
         left = (1 - share) / done * (self.at.seconds - self.seconds_before) if done > 0 else None
-        self.screen.progress(share, terminal.step_line(record, self.config.steps, left))
+        self.screen.progress(
+            share, terminal.learning_text(record, self.config.steps), terminal.speed_text(record, left)
+        )
 
     def _record(self, record: dict[str, Any]) -> None:
         self.metrics.write(record)

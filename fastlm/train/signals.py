@@ -7,11 +7,16 @@ import threading
 from collections.abc import Callable
 
 
-class TrainingInterrupted(KeyboardInterrupt):
-    """Training was stopped by a signal after saving. `exit_status` is the shell's convention: 130 for Ctrl-C, 143 for SIGTERM."""
+class TrainingInterrupted(Exception):
+    """Training was stopped by a signal, after the step was finished and a checkpoint saved.
+
+    No KeyboardInterrupt, which command-line frameworks swallow: the message says how to resume. `exit_status` is the shell's
+    convention, 130 for Ctrl-C and 143 for SIGTERM.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
+        self.signal_number = signal_number
         self.exit_status = 128 + signal_number
 
 

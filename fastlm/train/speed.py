@@ -34,7 +34,7 @@ def flops_per_token(model: torch.nn.Module, context: int) -> float:
         is_output_too = names[key] > 1 or (tied and weight.shape[0] == vocabulary)
         if not is_output_too:
             matrices -= weight.numel()
-    sizes = [getattr(config, name, None) for name in ("layers", "heads", "head_dim")]
+    sizes = [getattr(config, name, None) for name in ("n_layers", "n_heads", "head_dim")]
     attention = 0 if None in sizes else 12 * sizes[0] * sizes[1] * sizes[2] * context
     return 6.0 * matrices + attention
 

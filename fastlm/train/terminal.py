@@ -14,7 +14,7 @@ class Terminal:
         if sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-            self._bar = Progress(BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(BarColumn(bar_width=12), TaskProgressColumn(), TextColumn("{task.description}"))
             self._task = self._bar.add_task("starting", total=1.0)
             self._bar.start()
 
@@ -25,12 +25,12 @@ class Terminal:
         else:
             print(text, flush=True)
 
-    def progress(self, share: float, text: str) -> None:
-        """Moves the bar to `share` of the run, with `text` beside it; a plain line where there is no bar."""
+    def progress(self, share: float, learning: str, speed: str) -> None:
+        """Moves the bar to `share` of the run, with two texts above each other beside it; a plain line where there is no bar."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=share, description=text)
+            self._bar.update(self._task, completed=share, description=f"{learning}\n{speed}")  # fits 80 columns
         else:
-            print(text, flush=True)
+            print(f"{learning}  {speed}", flush=True)
 
     def close(self) -> None:
         """Takes the bar down."""
@@ -39,20 +39,18 @@ class Terminal:
             self._bar = None
 
 
-def step_line(record: dict[str, Any], steps: int | None, seconds_left: float | None) -> str:
-    """A training record of metrics.jsonl as one readable line."""
+def learning_text(record: dict[str, Any], steps: int | None) -> str:
+    """What a training record of metrics.jsonl says about learning."""
+    return (
+        f"{_step(record, steps)}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}"
+    )
+
+
+def speed_text(record: dict[str, Any], seconds_left: float | None) -> str:
+    """What a training record says about speed, and how long the run will still take."""
     share = record["share_of_peak"]
-    parts = [
-        _step(record, steps),
-        f"loss {record['loss']:.4f}",
-        f"lr {record['lr']:.2e}",
-        f"grad norm {record['grad_norm']:.2f}",
-        f"{record['tokens_per_second']:,.0f} tok/s",
-        f"{share:.0%} of peak" if share >= 0.1 else f"{share:.1%} of peak",
-    ]
-    if seconds_left is not None:
-        parts.append(f"{duration(seconds_left)} left")
-    return "  ".join(parts)
+    text = f"{record['tokens_per_second']:,.0f} tok/s  {share:.{0 if share >= 0.1 else 1}%} of peak"
+    return text if seconds_left is None else f"{text}  {duration(seconds_left)} left"
 
 
 def evaluation_line(record: dict[str, Any], steps: int | None) -> str:

@@ -1,16 +1,13 @@
-"""A model, data and a process to kill, small enough that a run takes a second."""
+"""A model and data so small that a training run takes a fraction of a second."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 import time
 
 import torch
 
-from fastlm.config import build
-from fastlm.train import TrainConfig, train
+from fastlm.train import TrainConfig, read_metrics
 
 VOCABULARY = 31
 
@@ -77,7 +74,9 @@ class TinyLoader:
 def settings(out, **changes):
     """A short run's TrainConfig."""
     base = {"steps": 20, "warmup": 2, "context": 8, "batch_size": 4, "evaluate_every": 5, "evaluate_batches": 2}
-    return TrainConfig(**{"out": str(out), "lr": 0.01, "min_lr": 0.001, "log_every": 1, "device": "cpu", **base, **changes})
+    return TrainConfig(
+        **{"out": str(out), "lr": 0.01, "min_lr": 0.001, "log_every": 1, "device": "cpu", **base, **changes}
+    )
 
 
 def make_model(seed=0, **kwargs):
@@ -85,8 +84,10 @@ def make_model(seed=0, **kwargs):
     return TinyModel(**kwargs)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    given = json.loads(sys.argv[1])
-    pause = given.pop("pause", 0.0)
-    train(make_model(), build(TrainConfig, given), TinyLoader(pause=pause), TinyLoader(seed=1))
+def losses(out):
+    """step -> training loss, step -> validation loss, with every bit; a step that stands there twice is an error."""
+    found = {"train": {}, "evaluation": {}}
+    for record in read_metrics(out / "metrics.jsonl"):
+        assert record["step"] not in found[record["kind"]]
+        found[record["kind"]][record["step"]] = record["loss" if record["kind"] == "train" else "validation_loss"]
+    return found["train"], found["evaluation"]
