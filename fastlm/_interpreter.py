@@ -6,9 +6,11 @@ import numpy as np
 
 
 def repair_interpreter() -> None:
-    """Makes bf16 `tl.dot`, arithmetic and constants right in the interpreter of triton 3.6. Does nothing without triton.
+    """Makes bf16 `tl.dot`, arithmetic, constants and rounding right in the interpreter of triton 3.6. Does nothing without
+    triton.
 
-    Seen in 3.6.0: `tl.dot` of bf16 operands and bf16 + bf16 are computed on the raw 16-bit patterns, silently wrong.
+    Seen in 3.6.0: `tl.dot` of bf16 operands and bf16 + bf16 are computed on the raw 16-bit patterns, silently wrong;
+    fp32 to bf16 cuts the lower bits off, where a GPU rounds to nearest.
     """
     try:
         import triton.language as tl
@@ -29,7 +31,7 @@ def repair_interpreter() -> None:
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # nearest, ties to even
         return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
-    plain_dot, plain_binary = builder.create_dot, builder.binary_op
+    plain_dot, plain_binary, plain_cast = builder.create_dot, builder.binary_op, builder.cast_impl
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar):
@@ -42,6 +44,12 @@ def repair_interpreter() -> None:
             return handle(out, tl.int1) if out.dtype == bool else handle(to_bf16(out), tl.bfloat16)
         return plain_binary(self, lhs, rhs, op)
 
+    def cast_impl(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
+            return handle(to_bf16(src.data), tl.bfloat16)
+        return plain_cast(self, src, dst_type)
+
+    builder.cast_impl = cast_impl
     builder.create_dot = create_dot
     builder.binary_op = binary_op
     builder.get_bf16 = lambda self, value: handle(to_bf16(np.array([value], np.float32)), tl.bfloat16)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._op import Op, compute_dtype
+from fastlm.ops._op import Op, compute_dtype, grad_of
 
 
 def _reference(x, weight, bias, eps, residual=None):
@@ -30,18 +30,23 @@ def _torch(x, weight, bias, eps, residual=None):
     if residual is not None:
         residual_out = residual + x if residual.dtype == x.dtype else (residual.float() + x.float()).to(residual.dtype)
         return _torch(residual_out, weight, bias, eps).to(x.dtype), residual_out
-    parameters = [t.dtype for t in (weight, bias) if t is not None]
-    if all(dtype == x.dtype for dtype in parameters) or _native_mixed(x, parameters):
+    if _native(x, [t for t in (weight, bias) if t is not None]):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     wide = compute_dtype(x)
     weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
     return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-def _native_mixed(x, parameters):
-    """torch's CPU kernel reads a 16-bit x beside fp32 parameters as they are; casting either would cost a pass."""
-    wide = all(dtype == torch.float32 for dtype in parameters)
-    return wide and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+def _native(x, parameters):
+    """Whether F.layer_norm gets its arguments as they are, or in fp32."""
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        # Its CPU backward sums dweight and dbias in 16 bits (dbias of 1024 rows was off by 25 %). Its forward is right, and
+        # takes fp32 parameters.
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        return not trained and (
+            all(p.dtype == x.dtype for p in parameters) or all(p.dtype == torch.float32 for p in parameters)
+        )
+    return all(p.dtype == x.dtype for p in parameters)
 
 
 def _supports(backend, x, weight, bias, residual):
@@ -58,10 +63,98 @@ OP = Op(
     " bool need_dweight, bool need_dbias, float eps, str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     reference=_reference,
     torch=_torch,
-    kernels={},
+    kernels={"triton": ("layer_norm:layer_norm_fwd", "layer_norm:layer_norm_bwd")},
     supports=_supports,
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
 )
+
+
+def _fake_forward(x, weight, bias, residual, eps, backend):
+    sum_shape, sum_dtype = (0, x.dtype) if residual is None else (x.shape, residual.dtype)
+    stats = x.numel() // max(x.shape[-1], 1)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(sum_shape, dtype=sum_dtype),
+        x.new_empty(stats, dtype=torch.float32),
+        x.new_empty(stats, dtype=torch.float32),
+    )
+
+
+def _fake_backward(dy, dresidual_out, x, weight, bias, mean, rstd, need_dweight, need_dbias, eps, backend):
+    return x.new_empty(x.shape), *(
+        x.new_empty(x.shape[-1] if need else 0, dtype=(x if t is None else t).dtype)
+        for need, t in ((need_dweight, weight), (need_dbias, bias))
+    )
+
+
+OP.fake(_fake_forward, _fake_backward)
+
+
+@OP.autograd
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, eps, backend):
+        y, residual_out, mean, rstd = OP.below(x, weight, bias, residual, eps, backend)
+        # bias is kept for its dtype alone.
+        ctx.save_for_backward(x if residual is None else residual_out, weight, bias, mean, rstd)
+        ctx.x_dtype, ctx.eps, ctx.backend, ctx.has_residual = x.dtype, eps, backend, residual is not None
+        ctx.mark_non_differentiable(*((mean, rstd) if residual is not None else (residual_out, mean, rstd)))
+        ctx.set_materialize_grads(False)
+        return y, residual_out, mean, rstd
+
+    @staticmethod
+    def backward(ctx, dy, dresidual_out, *_):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros(x.shape, dtype=ctx.x_dtype, device=x.device)
+        need_dweight = weight is not None and ctx.needs_input_grad[1]
+        need_dbias = bias is not None and ctx.needs_input_grad[2]
+        dx, dweight, dbias = OP.backward(
+            dy, dresidual_out, x, weight, bias, mean, rstd, need_dweight, need_dbias, ctx.eps, ctx.backend
+        )
+        dweight, dbias = dweight if need_dweight else None, dbias if need_dbias else None
+        return dx.to(ctx.x_dtype), dweight, dbias, dx if ctx.has_residual else None, None, None
+
+
+@OP.backward_reference
+def _backward_reference(dy, dresidual_out, x, weight, bias, mean, rstd, need_dweight, need_dbias, eps, backend):
+    # x is the sum that was normalised, so the residual's own gradient is simply added.
+    dx, dweight, dbias = grad_of(lambda a, w, b: _normalised(a, w, b, eps).to(dy.dtype), (x, weight, bias), (dy,))
+    if dresidual_out is not None:
+        dx = dx + dresidual_out
+    _, no_dweight, no_dbias = _fake_backward(dy, None, x, weight, bias, mean, rstd, False, False, eps, backend)
+    return dx, dweight if need_dweight else no_dweight, dbias if need_dbias else no_dbias
+
+
+def _shard_forward(x, weight, bias, residual, eps, backend):
+    from torch.distributed.tensor import Replicate, Shard
+
+    def rule(place):
+        stats = Shard(0) if isinstance(place, Shard) else place
+        sum_place = Replicate() if residual is None else place
+        parameters = [None if t is None else Replicate() for t in (weight, bias)]
+        return (
+            [place, sum_place, stats, stats],
+            [place, *parameters, None if residual is None else place, None, None],
+        )
+
+    # mean and rstd are flat, so only a split of the first dimension maps onto them.
+    return [rule(Replicate())] + ([rule(Shard(0))] if x.ndim > 1 else [])
+
+
+def _shard_backward(dy, dresidual_out, x, weight, bias, mean, rstd, need_dweight, need_dbias, eps, backend):
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    def rule(place, summed):
+        outputs = [place, *(summed if need else Replicate() for need in (need_dweight, need_dbias))]
+        parameters = [None if t is None else Replicate() for t in (weight, bias)]
+        inputs = [place, None if dresidual_out is None else place, place, *parameters, place, place]
+        return outputs, [*inputs, None, None, None, None]
+
+    return [rule(Replicate(), Replicate())] + ([rule(Shard(0), Partial())] if x.ndim > 1 else [])
+
+
+OP.sharding(_shard_forward, _shard_backward)
 
 
 def layer_norm(
