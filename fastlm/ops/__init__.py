@@ -2,8 +2,21 @@
 
 from fastlm.ops._op import Explanation, explain, use_backend
 from fastlm.ops.activation import activation, glu
+from fastlm.ops.adamw import adamw_
+from fastlm.ops.attention import attention
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import rotary
 
-__all__ = ["Explanation", "activation", "explain", "glu", "layer_norm", "rms_norm", "rotary", "use_backend"]
+__all__ = [
+    "Explanation",
+    "activation",
+    "adamw_",
+    "attention",
+    "explain",
+    "glu",
+    "layer_norm",
+    "rms_norm",
+    "rotary",
+    "use_backend",
+]

@@ -330,6 +330,14 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def host_values(tensor: Tensor) -> list | None:
+    """The tensor's values as a list where reading them is free: a plain CPU tensor, eagerly; else None (no sync, no graph
+    break)."""
+    if tensor.device.type != "cpu" or type(tensor) is not Tensor or torch.compiler.is_compiling():
+        return None
+    return None if torch._C._are_functorch_transforms_active() else tensor.tolist()
+
+
 def grad_of(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:
     """Differentiable gradients of `fn(*inputs)` (a tensor or a tuple), for a `backward_reference`.
 
@@ -354,3 +362,10 @@ def grad_of(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tenso
         grad = next(found) if t is not None else None
         result.append(torch.zeros_like(t) if grad is None and t is not None else grad)
     return result
+
+
+def fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, step: Tensor, **options: Any) -> None:
+    """torch's fused AdamW step over lists of equal dtype and memory order, one 0-d `step` (from 1) for all. In place."""
+    torch._fused_adamw_(
+        params, grads, exp_avgs, exp_avg_sqs, [], [step] * len(params), amsgrad=False, maximize=False, **options
+    )
