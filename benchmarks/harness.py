@@ -98,6 +98,36 @@ def compiled(fn: Callable, name: str = "torch.compile") -> Provider:
     return Provider(name, lambda: torch.compile(fn, dynamic=False))
 
 
+class Aot:
+    """One ahead-of-time compile case of benchmarks/aot.py: a launcher of fastlm.kernels and its arguments.
+
+    Args:
+        launcher: "module:function" below fastlm.kernels, as in the op's definition.
+        args: what the launcher takes; tensors from `meta`, with the shapes, dtypes and strides of a real call.
+    """
+
+    def __init__(self, launcher: str, *args: Any) -> None:
+        self.launcher, self.args = launcher, args
+
+    def __str__(self) -> str:
+        return " ".join([self.launcher.split(":")[1], *map(_signature, self.args)])
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor without data, for `Aot`."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _signature(a: Any) -> str:
+    if isinstance(a, (list, tuple)):
+        return f"({len(a)} x {_signature(a[0])})" if a else "()"
+    if not isinstance(a, Tensor):
+        return "-" if a is None else str(a)
+    name = str(a.dtype)[6:].replace("bfloat", "bf").replace("float", "fp").replace("int", "i")
+    strides = "" if a.is_contiguous() else f"@{','.join(map(str, a.stride()))}"
+    return f"{name}[{','.join(map(str, a.shape))}]{strides}"
+
+
 # --- one measured cell --------------------------------------------------------------------------------------------
 
 

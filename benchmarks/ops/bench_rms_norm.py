@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Bench, compiled, ours, plain
+from benchmarks.harness import Aot, Bench, compiled, meta, ours, plain
 from fastlm import ops
 
 
@@ -46,3 +46,29 @@ BENCH = Bench(
     },
     traffic=traffic,
 )
+
+RSTD = meta(8192, dtype=torch.float32)
+AOT = [
+    Aot("rms_norm:rms_norm_fwd", meta(8192, 4096), meta(4096), None, 1e-6),
+    Aot("rms_norm:rms_norm_fwd", meta(8192, 768), meta(768), meta(8192, 768), 1e-6),
+    Aot(
+        "rms_norm:rms_norm_bwd",
+        meta(8192, 4096),
+        None,
+        meta(8192, 4096),
+        meta(4096),
+        RSTD,
+        True,
+        1e-6,
+    ),
+    Aot(
+        "rms_norm:rms_norm_bwd",
+        meta(8192, 768),
+        meta(8192, 768),
+        meta(8192, 768),
+        meta(768),
+        RSTD,
+        True,
+        1e-6,
+    ),
+]

@@ -1,0 +1,132 @@
+"""The harness refuses times to wrong providers, says why others are missing, and takes turns fairly."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import harness, run
+from benchmarks.harness import Bench, Provider, measure, plain
+from benchmarks.report import Lines, machine, table
+
+
+def _make(dtype, device, n):
+    return torch.randn(8, n, device=device).to(dtype).requires_grad_(), 3
+
+
+def _right(x, k):
+    return (x * k).relu()
+
+
+def _absent():
+    import a_package_that_nobody_has  # noqa: F401
+
+
+def _crashes(x, k):
+    raise RuntimeError("no kernel image\nand more")
+
+
+def _wrong_gradient(x, k):
+    return (x * k).relu().detach() + (x - x.detach()) * 2.9
+
+
+BENCH = Bench(
+    op="rms_norm",
+    make=_make,
+    reference=_right,
+    providers=[
+        plain(_right),
+        plain(lambda x, k: (x * k).relu() * 1.01, "wrong"),
+        plain(_wrong_gradient, "wrong gradient"),
+        plain(_crashes, "crashes"),
+        Provider("absent", _absent),
+    ],
+    sizes={"tiny": [{"n": 40}], "cpu": [{"n": 41}], "quick": [{"n": 42}]},
+    traffic=lambda mode, x, k: 2 * x.nbytes,
+    flops=lambda mode, x, k: 2 * x.numel(),
+)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return measure(BENCH, {"n": 40}, torch.float32, "cpu", seconds=0.01)
+
+
+def test_only_right_providers_get_a_time(rows):
+    assert {(r.provider, r.mode) for r in rows if r.ms is not None} == {("torch", mode) for mode in harness.MODES}
+    reasons = {r.provider: r.reason for r in rows if r.ms is None}
+    assert reasons["wrong"].startswith("wrong: result 0: max error")
+    assert reasons["wrong gradient"].startswith("wrong: result 1")
+    assert reasons["crashes"] == "failed: RuntimeError: no kernel image"
+    assert reasons["absent"].startswith("missing: No module named")
+
+
+def test_a_time_has_quartiles_and_rates(rows):
+    for r in rows:
+        if r.ms is not None:
+            assert 0 < r.q1 <= r.ms <= r.q3 and r.samples >= 7 and r.speedup == 1
+            twice = 2 if r.mode == "both" else 1
+            assert r.gbps == pytest.approx(twice * 2 * 8 * 40 * 4 / r.ms / 1e6)
+            assert r.tflops == pytest.approx(twice * 2 * 8 * 40 / r.ms / 1e9)
+
+
+def test_table_and_lines(rows, tmp_path):
+    text = table(rows)
+    assert "rms_norm n=40 float32 both" in text
+    assert "no time for absent (n=40 float32): missing" in text and "no time for wrong" in text
+    lines = Lines(tmp_path / "new" / "ops.jsonl", machine("cpu"))
+    lines.add(rows)
+    entries = [json.loads(line) for line in (tmp_path / "new" / "ops.jsonl").read_text().splitlines()]
+    assert entries[0]["kind"] == "machine" and {"date", "commit", "torch", "cpu"} <= entries[0].keys()
+    assert [e["kind"] for e in entries[1:]].count("time") == 3 and len(entries) == 1 + len(rows)
+
+
+def test_constant_data_is_refused():
+    zeros = Bench("rms_norm", lambda dtype, device, n: (torch.zeros(n),), _right, BENCH.providers, BENCH.sizes)
+    with pytest.raises(ValueError, match="tensor 0 is constant"):
+        measure(zeros, {"n": 8}, torch.float32, "cpu", seconds=0.01)
+
+
+def test_order_is_balanced():
+    places = {provider: [0] * 3 for provider in range(3)}
+    for turn in range(6):
+        for place, provider in enumerate(harness.balanced_order(3, turn)):
+            places[provider][place] += 1
+    assert all(counts == [2, 2, 2] for counts in places.values())
+
+
+def test_the_clock_tells_slow_from_fast():
+    slow, fast = harness.time_calls([lambda: time.sleep(4e-3), lambda: time.sleep(1e-3)], "cpu", 0.1)
+    assert harness.quartiles(slow)[1] > 2 * harness.quartiles(fast)[1]
+
+
+def test_suites():
+    assert BENCH.sizes_of("tiny", "cpu") == BENCH.sizes_of("tiny", "cuda") == [{"n": 40}]
+    assert BENCH.sizes_of("quick", "cpu") == BENCH.sizes_of("full", "cpu") == [{"n": 41}]
+    assert BENCH.sizes_of("full", "cuda") == [{"n": 42}]
+
+
+def test_inputs_are_never_changed_for_the_next_provider():
+    spoil = plain(lambda x, k: _right(x, k) + x.detach().mul_(0), "spoils its input")
+    bench = Bench("rms_norm", _make, _right, [spoil, plain(_right)], BENCH.sizes)
+    found = measure(bench, {"n": 8}, torch.float32, "cpu", seconds=0.01)
+    assert {r.provider for r in found if r.ms is not None} >= {"torch"}
+
+
+@pytest.mark.parametrize("stem", run.ops_with_benchmarks())
+def test_every_benchmark_file_runs(stem, monkeypatch):
+    # torch.compile is left out: seconds per size for a form that is not ours.
+    for bench in run.benches(stem):
+        kept = [p for p in bench.providers if "compile" not in p.name]
+        bench = Bench(**{f: getattr(bench, f) for f in bench.__dataclass_fields__} | {"providers": kept})
+        for size in bench.sizes_of("tiny", "cpu"):
+            found = measure(bench, size, torch.float32, "cpu", seconds=0.001)
+            assert any(r.ms is not None for r in found)
+            bad = [f"{r.provider}: {r.reason}" for r in found if r.ms is None and not r.reason.startswith("missing")]
+            assert not bad, f"{stem} {size}: {bad}"
+
+
+def test_an_unknown_op_is_one_line():
+    with pytest.raises(SystemExit, match="no op 'nope'; there is .*rms_norm"):
+        run.main(["--op", "nope"])

@@ -1,0 +1,77 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100, no worse than the committed baseline (no GPU needed)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import aot
+
+ROOT = Path(__file__).parents[1]
+PTX = """
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    ld.global.L1::evict_last.v2.b32 { %r5, %r6 }, [ %rd1 + 0 ];
+    st.global.b32 [ %rd2 + 0 ], { %r7 };
+    ld.global.v8.b32 { %r1, %r2, %r3, %r4, %r5, %r6, %r7, %r8 }, [ %rd1 ];
+    ld.global.nc.u16 %rs1, [%rd3];
+    @%p2 st.global.v2.b64 [ %rd4 ], { %rd5, %rd6 };
+    cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r9;
+    cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 4, 4;
+    ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r8 ];
+"""
+
+
+def test_access_widths_from_ptx():
+    assert aot.accesses(PTX) == {2: 1, 4: 2, 8: 1, 16: 3, 32: 1}
+    assert aot.wide_share({16: 3, 4: 4}) == 0.75
+
+
+def test_ptxas_report():
+    log = "ptxas info : 0 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\nptxas info : Used 40 registers"
+    assert aot.ptxas_report(log) == {"registers": 40, "spills": 20}
+    with pytest.raises(RuntimeError, match="neither registers nor spills"):
+        aot.ptxas_report("")
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [({"spills": 8}, "spills 8 bytes, 0 before"), ({"wide": 0.5}, "50% of bytes"), ({"products": 1}, "1 tensor-core")],
+)
+def test_compare_sees_what_got_worse(change, word):
+    key, row = "op | _kernel | sm_90 | call", {"spills": 0, "wide": 1.0, "products": 2}
+    assert aot.compare({key: row}, {key: row}, ["op"]) == []
+    (problem,) = aot.compare({key: row | change}, {key: row}, ["op"])
+    assert word in problem and key in problem
+    assert aot.compare({key: row}, {key: row | change}, ["op"]) == []  # better is no problem
+    assert "not in the baseline" in aot.compare({key: row}, {}, ["op"])[0]
+    assert "no longer compiled" in aot.compare({}, {key: row}, ["op"])[0]
+    assert aot.compare({}, {key: row}, ["other"]) == []
+
+
+def test_every_launcher_has_a_case():
+    import fastlm.ops  # noqa: F401 - fills the registry
+    from benchmarks.run import load, ops_with_benchmarks
+    from fastlm.ops._op import REGISTRY
+
+    listed = {case.launcher for stem in ops_with_benchmarks() for case in getattr(load(stem), "AOT", [])}
+    missing = {name for op in REGISTRY.values() for name in op.kernels.get("triton", ()) if name} - listed
+    assert not missing, f"no Aot case in benchmarks/ops/bench_*.py for {sorted(missing)}"
+
+
+def test_code_is_no_worse_than_the_baseline():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "aot"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    if done.returncode == 2 and "nothing compared" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
