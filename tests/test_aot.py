@@ -1,5 +1,6 @@
 """Every Triton kernel compiles for sm_80, sm_90 and sm_100, no worse than the committed baseline (no GPU needed)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -75,3 +76,48 @@ def test_code_is_no_worse_than_the_baseline():
     if done.returncode == 2 and "nothing compared" in done.stderr:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+BAD_KERNEL = """
+import torch, triton
+import triton.language as tl
+
+@triton.jit
+def _greedy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    # Far more live values than registers, and a mask that forbids wide accesses.
+    offsets = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets, mask=offsets < n)
+    total = tl.sum(x)
+    tl.store(y_ptr + offsets, x * total, mask=offsets < n)
+
+def launch(x):
+    _greedy_kernel[(1,)](x, torch.empty_like(x), 16001, BLOCK=16384, num_warps=1)
+"""
+SCRIPT = """
+import json, sys
+import fastlm.kernels
+from types import SimpleNamespace
+from benchmarks import aot
+from benchmarks.harness import Aot, meta
+fastlm.kernels.__path__.append(sys.argv[1])
+aot.load = lambda stem: SimpleNamespace(AOT=[Aot("greedy:launch", meta(16384))])
+print(json.dumps(aot.compile_case("greedy", 0, 90)))
+"""
+
+
+def test_spills_and_narrow_accesses_are_seen(tmp_path):
+    (tmp_path / "greedy.py").write_text(BAD_KERNEL)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ((key, row),) = json.loads(done.stdout).items()
+    assert key == "greedy | _greedy_kernel | sm_90 | launch bf16[16384]"
+    assert row["spills"] > 0 and row["registers"] == 255, row
+    assert row["wide"] < 0.1, row
+
+
+def test_it_refuses_to_run_interpreted():
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        patch.setenv("TRITON_INTERPRET", "1")
+        aot.compile_case("rms_norm", 0, 90)
