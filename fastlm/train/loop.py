@@ -233,7 +233,8 @@ class _Run:
         *losses, grad_norm = torch.stack([x.to(self.device, torch.float64) for x in (*losses, norm)]).tolist()
         if not (all(map(math.isfinite, losses)) and math.isfinite(grad_norm)):
             raise self._non_finite(batches, losses, grad_norm)
-        self.optimizer.step(grad_scale=clip_coefficient(norm, config.clip) if config.clip else None)
+        too_long = 0 < config.clip < grad_norm  # else no coefficient: multiplying by 1 costs a pass on the CPU
+        self.optimizer.step(grad_scale=clip_coefficient(norm, config.clip) if too_long else None)
         self.optimizer.zero_grad(set_to_none=True)
 
         tokens = sum(batch.tokens.numel() for batch in batches)
@@ -257,8 +258,10 @@ class _Run:
     def _non_finite(self, batches: list[Any], losses: list[float], grad_norm: float) -> NonFiniteError:
         bad = [b for b, loss in zip(batches, losses) if not math.isfinite(loss)] or batches
         samples = [int(i) for batch in bad if getattr(batch, "index", None) is not None for i in batch.index]
-        shown = ", ".join(map(str, samples[:16])) + (f" and {len(samples) - 16} more" if len(samples) > 16 else "")
+        shown = ", ".join(map(str, samples[:8])) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
         what = f"sequences {shown}" if samples else "a batch whose loader gives no ids"
+        if samples and hasattr(self.train_loader, "describe"):
+            what += f"; {self.train_loader.describe(samples[0])}"
         first = (n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
         where = next((f"; first non-finite gradient: {name}" for name in first), "")
         step, loss = self.at.step + 1, sum(losses)
@@ -289,7 +292,7 @@ class _Run:
         self.validation_loader.load_state_dict(self.first_validation)
         self.model.eval()
         total, live = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for batch in setup.first_batches(self.validation_loader, config.evaluate_batches):
+        for batch in setup.validation_batches(self.validation_loader, config.evaluate_batches):
             total += self._loss(batch)
             live += int((batch.labels != IGNORE_INDEX).sum())
         self.model.train()

@@ -74,19 +74,22 @@ def plain_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def on_device(batch: Any, device: torch.device) -> Any:
-    """The batch (a dataclass) with its tensors on the device, copied without waiting for them."""
+    """The batch (a dataclass) with its tensors on the device, copied without waiting; `index` stays where it is."""
     if device.type == "cpu":
         return batch
     moved = {
         f.name: getattr(batch, f.name).pin_memory().to(device, non_blocking=True)
         for f in dataclasses.fields(batch)
-        if isinstance(getattr(batch, f.name), Tensor)
+        if f.name != "index" and isinstance(getattr(batch, f.name), Tensor)
     }
     return dataclasses.replace(batch, **moved)
 
 
-def first_batches(loader: Any, count: int) -> Iterator[Any]:
-    """The next `count` batches; all that are left for 0."""
+def validation_batches(loader: Any, count: int) -> Iterator[Any]:
+    """The loader's next `count` batches, but no sample twice where it says how many there are; all of them for 0."""
+    if hasattr(loader, "samples_per_epoch"):
+        whole = max(1, loader.samples_per_epoch // loader.batch_size)
+        count = min(count or whole, whole)
     return itertools.islice(iter(loader), count or None)
 
 
