@@ -33,7 +33,9 @@ def draw_losses(records: list[dict[str, Any]], path: str | Path, *, dark: bool =
     axes = figure.add_subplot(facecolor=ground)
     steps, losses = zip(*train)
     axes.plot(steps, losses, color=blue, alpha=0.35, linewidth=0.8)
-    axes.plot(steps, smoothed(losses), color=blue, linewidth=1.8, label="training (smoothed)")
+    ends = len(losses) // 80  # where smoothing has little to work with, it would end in a hook
+    shown = slice(ends, len(losses) - ends)
+    axes.plot(steps[shown], smoothed(losses)[shown], color=blue, linewidth=1.8, label="training (smoothed)")
     if evaluations:
         at = [r["step"] for r in evaluations]
         held_out = [r["validation_loss"] for r in evaluations]

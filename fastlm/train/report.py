@@ -28,7 +28,8 @@ body { max-width: 56rem; margin: 3rem auto; padding: 0 1.25rem; background: var(
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .8rem; }
 .lead { color: var(--soft); margin: 0 0 1.8rem; max-width: 42rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; }
+.figures { display: grid; grid-template-columns: repeat(3, 1fr); gap: .75rem; }
+@media (max-width: 36rem) { .figures { grid-template-columns: repeat(2, 1fr); } }
 .figures div { background: var(--panel); border-radius: .5rem; padding: .8rem 1rem; }
 .figures b { display: block; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .figures span { color: var(--soft); font-size: .85rem; }
@@ -61,7 +62,7 @@ def write_report(
         title: heading of the page.
         summary: a sentence or two under it.
         tables: heading -> one mapping (a row per name) or a list of mappings with the same keys (a row per mapping). Numbers may
-            be numbers: they are aligned and rounded to five digits.
+            be numbers: they are rounded, and aligned in columns.
         samples: (prompt, continuation) pairs, shown as they are.
 
     Returns:
@@ -172,14 +173,21 @@ def _table(content: Table) -> str:
     if not content:
         return "<p>None.</p>"
     columns = list(content[0])
-    numeric = {c: all(_is_number(row.get(c)) for row in content) for c in columns}
+    numeric = {c: all(row.get(c) is None or _is_number(row[c]) for row in content) for c in columns}
     css = {c: ' class="number"' if numeric[c] else "" for c in columns}
     head = "".join(f"<th{css[c]}>{html.escape(str(c))}</th>" for c in columns)
     rows = "".join(
-        "<tr>" + "".join(f"<td{css[c]}>{html.escape(_text(row.get(c)))}</td>" for c in columns) + "</tr>"
+        "<tr>" + "".join(f"<td{css[c]}>{html.escape(_cell(row.get(c)))}</td>" for c in columns) + "</tr>"
         for row in content
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _cell(value: Any) -> str:
+    """As _text, but with a fixed number of decimals, so that those of a column stand under each other."""
+    if isinstance(value, float) and 1e-3 <= abs(value) < 10_000:
+        return f"{value:,.4f}"
+    return _text(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -65,11 +65,13 @@ def test_the_two_load_each_others_state():
 
 def test_grad_scale_is_a_scaled_gradient():
     ours, our_optimizer, theirs, their_optimizer = pair()
-    run(ours, our_optimizer, [1], grad_scale=torch.tensor(0.125))
-    set_gradients(theirs, 1)
-    for p in theirs.parameters():
-        p.grad *= 0.125
-    their_optimizer.step()
+    # Two scales: Adam's first step alone does not depend on it.
+    for seed, scale in ((1, 1.0), (2, 0.125)):
+        run(ours, our_optimizer, [seed], grad_scale=torch.tensor(scale))
+        set_gradients(theirs, seed)
+        for p in theirs.parameters():
+            p.grad *= scale
+        their_optimizer.step()
     assert_same(ours, theirs)
 
 
