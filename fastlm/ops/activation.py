@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._op import Op, compute_dtype
+from fastlm.ops._op import Op, compute_dtype, grad_of
 
 _FORMS = {
     "gelu": F.gelu,
@@ -41,6 +41,7 @@ OP = Op(
     "(Tensor dy, Tensor x, str kind, str backend) -> Tensor dx",
     reference=_reference,
     torch=_torch,
+    kernels={"triton": ("activation:activation_fwd", "activation:activation_bwd")},
     dtypes=_DTYPES,
 )
 GLU = Op(
@@ -49,8 +50,68 @@ GLU = Op(
     "(Tensor dy, Tensor gate, Tensor up, str kind, str backend) -> (Tensor dgate, Tensor dup)",
     reference=_reference_glu,
     torch=_torch_glu,
+    kernels={"triton": ("activation:glu_fwd", "activation:glu_bwd")},
     dtypes=_DTYPES,
 )
+
+
+OP.fake(lambda x, kind, backend: x.new_empty(x.shape), lambda dy, x, kind, backend: x.new_empty(x.shape))
+GLU.fake(
+    lambda gate, up, kind, backend: gate.new_empty(gate.shape),
+    lambda dy, gate, up, kind, backend: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
+)
+
+
+@OP.autograd
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kind, backend):
+        ctx.save_for_backward(x)
+        ctx.kind, ctx.backend = kind, backend
+        return OP.below(x, kind, backend)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return OP.backward(dy, *ctx.saved_tensors, ctx.kind, ctx.backend), None, None
+
+
+@GLU.autograd
+class _GLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, kind, backend):
+        ctx.save_for_backward(gate, up)
+        ctx.kind, ctx.backend = kind, backend
+        return GLU.below(gate, up, kind, backend)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return *GLU.backward(dy, *ctx.saved_tensors, ctx.kind, ctx.backend), None, None
+
+
+@OP.backward_reference
+def _backward_reference(dy, x, kind, backend):
+    return grad_of(lambda a: _reference(a, kind), (x,), (dy,))[0]
+
+
+@GLU.backward_reference
+def _backward_reference_glu(dy, gate, up, kind, backend):
+    return tuple(grad_of(lambda a, b: _reference_glu(a, b, kind), (gate, up), (dy,)))
+
+
+def _shard(outputs, tensors, options):
+    """A rule for element-wise entries: every tensor, in and out, is split alike, along any dimension, or whole."""
+
+    def rule(first, *rest):
+        from torch.distributed.tensor import Replicate, Shard
+
+        places = [Replicate(), *(Shard(d) for d in range(first.ndim))]
+        return [([place] * outputs, [place] * tensors + [None] * options) for place in places]
+
+    return rule
+
+
+OP.sharding(_shard(1, 1, 2), _shard(1, 2, 2))
+GLU.sharding(_shard(1, 2, 2), _shard(2, 3, 2))
 
 
 def _check(op: str, kind: str, **tensors: Tensor) -> None:
