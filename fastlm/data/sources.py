@@ -80,6 +80,7 @@ def expand(source: Source, skip: Path | None = None) -> list[Path]:
         starts = [path]
     elif glob.has_magic(source.path):
         starts = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        starts = [start for start in starts if "__pycache__" not in start.parts and not _inside(start, skip)]
         if not starts:
             raise UserError(f"source {source.path}: the pattern matches no file; check it, and quote it in the shell")
     else:
@@ -93,6 +94,10 @@ def expand(source: Source, skip: Path | None = None) -> list[Path]:
     return list(files)
 
 
+def _inside(path: Path, folder: Path | None) -> bool:
+    return folder is not None and path.resolve().is_relative_to(folder)
+
+
 def _walk(folder: Path, skip: Path | None) -> list[Path]:
     found = []
     for root, folders, names in os.walk(folder):
@@ -100,7 +105,7 @@ def _walk(folder: Path, skip: Path | None) -> list[Path]:
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and name != "__pycache__" and (skip is None or (here / name).resolve() != skip)
+            if not name.startswith(".") and name != "__pycache__" and not _inside(here / name, skip)
         )
         found += [here / name for name in sorted(names) if not name.startswith(".") and (here / name).is_file()]
     return found

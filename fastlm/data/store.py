@@ -40,7 +40,7 @@ class TokenStore:
             raise UserError(f"tokens must be integers in one dimension, got {tokens.dtype} of shape {tokens.shape}")
         ends = np.asarray([tokens.size] if document_ends is None else document_ends, np.int64)
         key = hashlib.blake2b(tokens.tobytes() + ends.tobytes(), digest_size=8).hexdigest()
-        return cls([tokens], ends, int(tokens.max(initial=-1)) + 1, "tokens in memory", key)
+        return cls([tokens], ends, int(tokens.max()) + 1 if tokens.size else 0, "tokens in memory", key)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
