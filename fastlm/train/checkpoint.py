@@ -215,7 +215,11 @@ def save_model(model: torch.nn.Module, folder: str | Path, tokenizer: Any = None
 
     def fill(path: Path) -> None:
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(path)
+            try:
+                model.save_pretrained(path)
+            except UserError as error:
+                # Its advice is for someone who saves by hand; training has more to say about a full disk.
+                raise error.__cause__ if isinstance(error.__cause__, OSError) else error from None
         else:
             write_tensors(path / MODEL, unique_tensors(model))
         if tokenizer is not None:

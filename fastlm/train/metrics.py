@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -39,7 +40,9 @@ class MetricsLog:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """Closes the file. Every whole line was written when it came; on a full disk the rest of a line is let go."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -25,6 +25,14 @@ def two_checkpoints(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The losses of a run of 14 steps that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    train(make_model(), settings(out, steps=14), TinyLoader(), TinyLoader(seed=1))
+    return losses(out)
+
+
 @pytest.fixture
 def run(two_checkpoints, tmp_path):
     return shutil.copytree(two_checkpoints, tmp_path / "run")
@@ -160,7 +168,7 @@ WRITES = [
 
 @pytest.mark.parametrize(("owner", "name"), WRITES, ids=lambda x: x if isinstance(x, str) else "")
 @pytest.mark.parametrize("late", [0, 1], ids=["first", "second"])
-def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, owner, name, late):
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, whole_run, owner, name, late):
     out, real, calls = tmp_path / "run", getattr(owner, name), []
 
     def fill_up(*args, **kwargs):
@@ -172,7 +180,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, owner
 
     monkeypatch.setattr(owner, name, fill_up)
     with pytest.raises(UserError, match="no space left in .*free some space and resume") as caught:
-        train(make_model(), settings(out, checkpoint_every=4), TinyLoader(), TinyLoader(seed=1))
+        train(make_model(), settings(out, steps=14, checkpoint_every=4), TinyLoader(), TinyLoader(seed=1))
     monkeypatch.setattr(owner, name, real)
     assert not list(out.rglob(".writing*"))  # what was half written has given its space back
     # The second write_json is the first of the third checkpoint.
@@ -180,21 +188,44 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, owner
     assert latest_valid(out / "checkpoints") == (last, [])
     assert f"the last good checkpoint is {last};" in str(caught.value)
 
-    resumed, whole = make_model(seed=3), make_model()
-    train(resumed, settings(out, resume=True), TinyLoader(), TinyLoader(seed=1))
-    train(whole, settings(tmp_path / "whole"), TinyLoader(), TinyLoader(seed=1))
-    assert losses(out) == losses(tmp_path / "whole")
+    train(make_model(seed=3), settings(out, steps=14, resume=True), TinyLoader(), TinyLoader(seed=1))
+    assert losses(out) == whole_run
 
 
-def test_the_operating_systems_refusal_comes_through_safetensors(tmp_path):
+def test_a_full_disk_met_by_save_pretrained_is_told_apart(tmp_path):
+    class Hub(TinyModel):
+        def save_pretrained(self, folder):
+            try:
+                raise OSError(errno.ENOSPC, "full")
+            except OSError as error:
+                raise UserError("save: cannot be written") from error
+
+    with pytest.raises(UserError, match="no space left .* no checkpoint had been written yet"):
+        train(Hub(), settings(tmp_path, steps=1, evaluate_every=1), TinyLoader(), TinyLoader(seed=1))
+
+
+@pytest.fixture
+def small_files():
+    """Makes the operating system refuse, as a full disk does, what would make a file longer than 50,000 bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
-        with pytest.raises(OSError) as caught:
-            checkpoint.write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(100_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_the_operating_systems_refusal_comes_through_safetensors(tmp_path, small_files):
+    with pytest.raises(OSError) as caught:
+        checkpoint.write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(100_000)})
     assert checkpoint.is_full_disk(caught.value)
+
+
+def test_a_metrics_line_that_does_not_fit_is_an_error_once(tmp_path, small_files):
+    log = metrics.MetricsLog(tmp_path / "metrics.jsonl")
+    log.write({"step": 1})
+    with pytest.raises(OSError):
+        log.write({"step": 2, "text": "x" * 60_000})
+    log.close()  # must not raise again and hide the first error
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_a_half_written_metrics_line_is_dropped_on_resume(run):
