@@ -8,7 +8,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -72,5 +72,5 @@ def _annotation(field: dataclasses.Field, hint: Any, panel: str | None) -> Any:
     flag = "--" + field.name.replace("_", "-")
     settings: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": panel}
     if hint is bool:
-        return Annotated[Optional[bool], typer.Option(f"{flag}/--no-{flag[2:]}", **settings)]  # noqa: UP045
-    return Annotated[Optional[hint], typer.Option(flag, **settings)]  # noqa: UP045
+        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **settings)]
+    return Annotated[hint | None, typer.Option(flag, **settings)]

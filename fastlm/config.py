@@ -7,6 +7,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,14 +68,19 @@ def build(cls: type[T], *layers: dict[str, Any], where: str = "config") -> T:
     for layer in layers:
         for key, value in layer.items():
             if key not in fields:
-                near = difflib.get_close_matches(key, fields, n=1)
-                remedy = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(sorted(fields))}"
-                raise UserError(f"{where}: unknown key {key!r}; {remedy}")
+                raise UserError(f"{where}: unknown key {key!r}; {nearest(key, fields)}")
             choices = fields[key].metadata.get("choices")
             if choices and value not in choices:
                 raise UserError(f"{where}: {key} must be one of {', '.join(choices)}, got {value!r}")
             values[key] = _checked(value, hints[key], f"{where}: {key}")
     return cls(**values)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The end of an error line about an unknown name: the nearest valid one, or all of them."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(valid))}"
 
 
 def _checked(value: Any, hint: Any, what: str) -> Any:

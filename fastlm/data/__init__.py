@@ -15,7 +15,7 @@ _HOMES = {
     "corpus": ("StandardLibrary", "standard_library_sources"),
     "loader": ("Batch", "Loader", "evaluation_batches"),
     "packing": ("best_fit", "host_backend", "permutation"),
-    "preparation": ("DataConfig", "PrepareReport", "prepare"),
+    "preparation": ("DataConfig", "PrepareReport", "prepare", "tokenizer_from_sources"),
     "shards": ("Shard", "ShardWriter", "open_shard"),
     "sources": ("Source",),
     "store": ("TokenStore", "open_split", "read_meta"),

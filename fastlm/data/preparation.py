@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,6 +132,20 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> PrepareRepo
         if created and output.is_dir() and not any(output.iterdir()):
             output.rmdir()
     return PrepareReport(output, report, meta["splits"], tokenizer, time.perf_counter() - began)
+
+
+def tokenizer_from_sources(config: DataConfig) -> tuple[Tokenizer, CleaningReport]:
+    """Trains only the tokenizer of `prepare`, on the text of config.sources; config.output is not touched.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    _check(config)
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Spool(Path(folder) / "documents")) as spool:
+        work = _Work(config, Path(folder), spool, lambda stage, done, total: None)
+        sources, _, report = _read(work, Path(folder))
+        train, _ = split_documents(spool, sources, 0, how="document", fraction=0.0, seed=config.seed)
+        return _tokenizer(work, train, [])[0], report
 
 
 def _run(work: _Work, output: Path) -> tuple[Tokenizer, dict[str, Any], CleaningReport]:
