@@ -5,6 +5,7 @@ from fastlm.ops.activation import activation, glu
 from fastlm.ops.adamw import adamw_
 from fastlm.ops.attention import attention
 from fastlm.ops.layer_norm import layer_norm
+from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import rotary
 
@@ -16,6 +17,7 @@ __all__ = [
     "explain",
     "glu",
     "layer_norm",
+    "linear_cross_entropy",
     "rms_norm",
     "rotary",
     "use_backend",
