@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastlm.data import packing
 from fastlm.data.packing import best_fit, host_backend, mix_seed, permutation
 
 BACKENDS = ["numpy"] + (["compiled"] if host_backend() == "compiled" else [])
@@ -131,3 +132,19 @@ def test_other_refusals(backend):
         best_fit([[1]], 4, backend=backend)
     with pytest.raises(ValueError, match="backend must be"):
         permutation(1, 0, backend="fast")
+
+
+def test_the_compiled_module_serves_where_it_is_built(monkeypatch):
+    class Host:
+        permutation = staticmethod(lambda n, seed: ("permutation", n, seed))
+        best_fit = staticmethod(lambda lengths, capacity: ("best_fit", lengths.tolist(), capacity))
+
+    monkeypatch.setattr(packing, "_host", Host)
+    assert host_backend() == "compiled"
+    assert permutation(3, -1) == permutation(3, -1, backend="compiled") == ("permutation", 3, 2**64 - 1)
+    assert best_fit([1, 2], 4) == ("best_fit", [1, 2], 4)
+    monkeypatch.setattr(packing, "_host", None)
+    assert host_backend() == "numpy"
+    assert sorted(permutation(3, 0).tolist()) == [0, 1, 2]
+    with pytest.raises(ValueError, match="build it with `python setup.py build_ext --inplace`"):
+        permutation(3, 0, backend="compiled")
