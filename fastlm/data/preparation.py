@@ -135,12 +135,14 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> PrepareRepo
 
 
 def tokenizer_from_sources(config: DataConfig) -> tuple[Tokenizer, CleaningReport]:
-    """Trains only the tokenizer of `prepare`, on the text of config.sources; config.output is not touched.
+    """Trains only the tokenizer of `prepare`, with an end-of-text token, on the text of config.sources alone: what
+    validates is not looked at. config.output is not touched.
 
     Raises:
         UserError: as `prepare`.
     """
     _check(config)
+    config = dataclasses.replace(config, validation_sources=[], append_eos="always")
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(Spool(Path(folder) / "documents")) as spool:
         work = _Work(config, Path(folder), spool, lambda stage, done, total: None)
         sources, _, report = _read(work, Path(folder))

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from fastlm.config import build
-from fastlm.data import DataConfig, Loader, load_tokenizer, open_split, prepare, read_meta, train_tokenizer
+from fastlm.data import (
+    DataConfig,
+    Loader,
+    load_tokenizer,
+    open_split,
+    prepare,
+    read_meta,
+    tokenizer_from_sources,
+    train_tokenizer,
+)
 from fastlm.errors import UserError
 
 WORDS = ["tree", "house", "river", "stone", "cloud", "paper", "light", "green", "seven", "winter"]
@@ -231,6 +240,17 @@ def test_tokenizer_sample_is_bounded(tmp_path, texts):
     (texts / "zz.txt").write_text("qqqqqqqq " * 2000)
     small = run(tmp_path, str(texts), tokenizer="bpe", vocab_size=400, tokenizer_sample_mb=0.0003)
     assert small.tokenizer.vocab_size < 350, "300 characters hold few merges"
+
+
+def test_tokenizer_alone(tmp_path, texts):
+    (tmp_path / "held.txt").write_text("zebra quartz")
+    config = DataConfig(
+        sources=[str(texts / "00.txt")], validation_sources=[str(tmp_path / "held.txt")], tokenizer="char"
+    )
+    tokenizer, report = tokenizer_from_sources(config)
+    assert tokenizer.vocab_size == len(set(document(0))) + 1, "the characters of the sources and the end of text"
+    assert tokenizer.eos_id == 0
+    assert report.documents_kept == 1
 
 
 def test_bad_input_is_counted_and_the_rest_is_used(tmp_path, texts):
