@@ -175,12 +175,7 @@ class Op:
 
     def plain(self, backend: str, *args: Any, **kwargs: Any) -> Any:
         """Calls the reference or torch form. Autocast is off inside: the public function has applied the op's own table."""
-        form = self.plain_forms[backend]
-        device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
-        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return form(*args, **kwargs)
-        return form(*args, **kwargs)
+        return _without_autocast(self.plain_forms[backend], args, kwargs)
 
     def choose(self, backend: str, *tensors: Any) -> str:
         """The backend for a call on these arguments (tensors, and whatever `supports` asks for).
@@ -231,8 +226,8 @@ class Op:
         device = _first_tensor(args).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return launcher(*args[:-1])
-        return launcher(*args[:-1])
+                return _without_autocast(launcher, args[:-1])
+        return _without_autocast(launcher, args[:-1])
 
     def _load(self, backend: str, slot: int) -> Callable:
         if backend not in self.kernels:
@@ -253,7 +248,7 @@ class Op:
     def _backward_autograd(self, *args: Any) -> Any:
         self._see_dtensors(args)
         if self._backward_reference is not None and _needs_grad(args):
-            return self._backward_reference(*args)
+            return _without_autocast(self._backward_reference, args)
         with _below_autograd():
             return self.backward(*args)
 
@@ -273,6 +268,15 @@ def _first_tensor(args: Sequence[Any]) -> Tensor:
         if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
             return arg[0]
     raise AssertionError("an op was called without a tensor")
+
+
+def _without_autocast(fn: Callable, args: Sequence[Any], kwargs: dict | None = None) -> Any:
+    """fn(*args, **kwargs) with autocast off: a launcher's or a formula's own products and sums keep their dtypes."""
+    device = _first_tensor(args).device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return fn(*args, **(kwargs or {}))
+    return fn(*args, **(kwargs or {}))
 
 
 def _needs_grad(args: Sequence[Any]) -> bool:
