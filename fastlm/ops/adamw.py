@@ -30,6 +30,8 @@ def _reference(params, grads, exp_avgs, exp_avg_sqs, lr, step, grad_scale, beta1
 
 
 def _torch(params, grads, exp_avgs, exp_avg_sqs, lr, step, grad_scale, beta1, beta2, eps, weight_decay):
+    if torch.compiler.is_compiling():  # which cannot trace torch's fused step, but fuses the formula
+        return _reference(params, grads, exp_avgs, exp_avg_sqs, lr, step, grad_scale, beta1, beta2, eps, weight_decay)
     device = params[0].device
     step = torch.as_tensor(step, dtype=torch.float32, device=device)
     options = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps}
@@ -147,12 +149,12 @@ def _dense(t: Tensor) -> bool:
 
 
 def _contiguous(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The four tensors of one parameter in one memory order: themselves, flat views, or contiguous copies."""
+    """The four tensors of one parameter in one memory order: themselves, flat views, or new contiguous copies."""
     if all(t.is_contiguous() for t in tensors):
         return tensors
     if len({t.stride() for t in tensors}) == 1 and _dense(tensors[0]):
         return tuple(t.as_strided((t.numel(),), (1,)) for t in tensors)
-    return tuple(t.contiguous() for t in tensors)
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in tensors)
 
 
 @torch.no_grad()
@@ -210,20 +212,25 @@ def adamw_(
         work = group if backend == "reference" else [_contiguous(tensors) for tensors in group]
         _step(backend, [list(tensors) for tensors in zip(*work)], numbers, (beta1, beta2, eps, weight_decay))
         for tensors, used in zip(group, work):
-            for i in (0, 2, 3):
-                if used[i].data_ptr() != tensors[i].data_ptr():
+            if used is not tensors and used[0].shape == tensors[0].shape:  # copies; a flat view has another shape
+                for i in (0, 2, 3):
                     tensors[i].copy_(used[i])
 
 
 def _step(backend: str, lists: list[list[Tensor]], numbers: list, constants: tuple[float, ...]) -> None:
     lr, step, grad_scale = numbers
-    if grad_scale == 1.0 and not isinstance(grad_scale, Tensor):
+    if not isinstance(grad_scale, Tensor) and grad_scale == 1.0:
         grad_scale = None  # most steps need no clipping
     if backend in OP.plain_forms:
         OP.plain(backend, *lists, lr, step, grad_scale, *constants)
-        return
-    numbers = [1.0 if n is None else n for n in (lr, step, grad_scale)]
+    else:
+        _launch(backend, lists, [lr, step, grad_scale], constants)
+    if backend != "reference" and not torch.compiler.is_compiling():
+        # Neither a kernel's stores nor torch's fused step are seen by autograd's version counters.
+        torch.autograd.graph.increment_version([*lists[0], *lists[2], *lists[3]])
+
+
+def _launch(backend: str, lists: list[list[Tensor]], numbers: list, constants: tuple[float, ...]) -> None:
+    numbers = [1.0 if n is None else n for n in numbers]
     on_device = [n if isinstance(n, Tensor) else None for n in numbers]
     OP.forward(*lists, *on_device, *[0.0 if isinstance(n, Tensor) else n for n in numbers], *constants, backend)
-    if not torch.compiler.is_compiling():  # a kernel's stores are invisible to autograd's version counters
-        torch.autograd.graph.increment_version([*lists[0], *lists[2], *lists[3]])
