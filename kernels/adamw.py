@@ -53,17 +53,17 @@ def _update(p_ptr, g_ptr, m_ptr, v_ptr, mask, decay, rate, root, scale, rest1, r
 def _adamw_kernel(
     address_ptr, size_ptr, owner_ptr, block_ptr, tensors,
     lr, step, scale, log_beta1, log_beta2, rest1, rest2, eps, weight_decay,
-    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     LOAD_LR: tl.constexpr, LOAD_STEP: tl.constexpr, LOAD_SCALE: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     owner = tl.load(owner_ptr + tl.program_id(0))
     start = tl.load(block_ptr + tl.program_id(0)).to(tl.int64) * BLOCK
     size = tl.load(size_ptr + owner)
-    p_ptr = tl.load(address_ptr + owner).to(tl.pointer_type(P)) + start
-    g_ptr = tl.load(address_ptr + tensors + owner).to(tl.pointer_type(G)) + start
-    m_ptr = tl.load(address_ptr + 2 * tensors + owner).to(tl.pointer_type(M)) + start
-    v_ptr = tl.load(address_ptr + 3 * tensors + owner).to(tl.pointer_type(V)) + start
+    p_ptr = tl.load(address_ptr + owner).to(tl.pointer_type(P_TYPE)) + start
+    g_ptr = tl.load(address_ptr + tensors + owner).to(tl.pointer_type(G_TYPE)) + start
+    m_ptr = tl.load(address_ptr + 2 * tensors + owner).to(tl.pointer_type(M_TYPE)) + start
+    v_ptr = tl.load(address_ptr + 3 * tensors + owner).to(tl.pointer_type(V_TYPE)) + start
     if ALIGNED:
         p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
         m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)

@@ -109,7 +109,7 @@ def forward(rows, hidden, weight, bias, target, ignore_index, label_smoothing, z
     options = (ignore_index, label_smoothing, z_loss, softcap)
     need = (need_dhidden, need_dweight, need_dbias) if reduction != "none" else (False, False, False)
     loss, gradients = _run(rows, hidden, weight, bias, target, None, need, options)
-    scale = torch.ones((), dtype=loss.dtype, device=loss.device)
+    scale = torch.empty((), dtype=loss.dtype, device=loss.device).fill_(1.0)
     if reduction == "none":
         return loss.view(target.shape), *gradients, scale
     if reduction == "mean":
