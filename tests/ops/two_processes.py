@@ -132,7 +132,7 @@ class _Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(13, 32)
-        self.blocks = torch.nn.ModuleList([_Block(32), _Block(32)])
+        self.blocks = torch.nn.ModuleList([_Block(32)])
         self.head = torch.nn.Linear(32, 13, bias=False)
 
     def forward(self, tokens):
