@@ -9,7 +9,7 @@ import torch
 
 from fastlm.data import DataConfig, standard_library_sources
 from fastlm.evaluate import gzip_bits_per_byte
-from fastlm.generate import generate
+from fastlm.generate import complete
 from fastlm.runs import evaluate_run, load_model, prepare_data, start_run
 from fastlm.train import TrainConfig, write_report
 
@@ -100,9 +100,5 @@ def _settings(out: Path, seconds: float) -> TrainConfig:
 def _samples(out: Path) -> list[tuple[str, str]]:
     """(prompt, continuation) pairs of the trained model."""
     model, tokenizer = load_model(out)
-    pairs = []
-    for seed, prompt in enumerate(PROMPTS):
-        ids = tokenizer.encode(prompt)
-        row = generate(model, torch.tensor([ids]), SAMPLE_TOKENS, temperature=0.7, top_p=0.95, seed=seed)[0]
-        pairs.append((prompt, tokenizer.decode(row[len(ids) :].tolist(), skip_special_tokens=True)))
-    return pairs
+    options = {"temperature": 0.7, "top_p": 0.95}
+    return [(p, complete(model, tokenizer, p, SAMPLE_TOKENS, seed=i, **options)) for i, p in enumerate(PROMPTS)]

@@ -13,7 +13,7 @@ from fastlm import config as configuration
 from fastlm.data import DataConfig, Loader, PrepareReport, Tokenizer, load_tokenizer, prepare
 from fastlm.errors import UserError
 from fastlm.evaluate import EvaluationResult, evaluate
-from fastlm.generate import TextStream, generate
+from fastlm.generate import complete, print_piece
 from fastlm.models import PRESETS, Transformer, TransformerConfig, load
 from fastlm.models import preset as named_config
 from fastlm.train import TrainConfig, TrainResult, train
@@ -175,17 +175,9 @@ def trained_context(folder: str | Path) -> int | None:
 def generate_run(folder: str, prompt: str, max_new_tokens: int, **options: Any) -> None:
     """Streams a continuation of the prompt to standard output, the prompt first."""
     model, tokenizer = load_model(folder)
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        if tokenizer.eos_id is None:
-            raise UserError(
-                "generate: the prompt is empty and the tokenizer has no end-of-text token to begin from; give --prompt"
-            )
-        ids = [tokenizer.eos_id]  # a text begins where another has ended
-    sys.stdout.write(prompt)
-    stream = TextStream(tokenizer, sys.stdout)
-    generate(model, torch.tensor([ids]), max_new_tokens, tokenizer=tokenizer, stream=stream, **options)
-    sys.stdout.write("\n")
+    print_piece(prompt)
+    complete(model, tokenizer, prompt, max_new_tokens, stream=print_piece, **options)
+    print()
 
 
 def convert_run(source: str, target: str, dtype: str | None, shard_mb: int) -> str:
