@@ -90,13 +90,14 @@ class Lines:
         self.path = path
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._write([header])
+        self.write([header])
 
     def add(self, rows: Iterable[Row]) -> None:
-        if self.path is not None:
-            self._write({"kind": "time" if r.ms is not None else "no time", **asdict(r)} for r in rows)
+        self.write({"kind": "time" if r.ms is not None else "no time", **asdict(r)} for r in rows)
 
-    def _write(self, entries: Iterable[dict]) -> None:
+    def write(self, entries: Iterable[dict]) -> None:
+        if self.path is None:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             for entry in entries:
                 file.write(json.dumps({k: v for k, v in entry.items() if v is not None}) + "\n")

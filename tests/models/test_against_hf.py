@@ -60,6 +60,6 @@ def test_loss_and_gradients(name, tmp_path):
     assert {rule.ours for rule in rules} == our_grads.keys()
     for rule in rules:
         grad = rule.to_ours([their_grads.pop(key) for key in rule.theirs])
-        # Their norms and rotary angles are fp32 in an fp64 model too.
-        torch.testing.assert_close(our_grads[rule.ours], grad, rtol=1e-4, atol=1e-6 * grad.abs().max().item() + 1e-8)
+        # Their norms, rotary angles and loss are fp32 in an fp64 model too.
+        torch.testing.assert_close(our_grads[rule.ours], grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item())
     assert not their_grads, "gradients nobody compared"
