@@ -8,16 +8,21 @@ from torch import Tensor
 
 from fastlm.ops._op import Op, _transforming, compute_dtype
 
+_FEW = 1 << 14  # elements of q below which the time is that of the calls, not of the memory
+
 
 def _angles(cos, sin, length, positions, dtype):
     """cos and sin as [S, 1, R/2] or [B, S, 1, R/2], constants in `dtype`."""
-    cos, sin = cos.detach(), sin.detach()
+    if cos.requires_grad or sin.requires_grad:
+        cos, sin = cos.detach(), sin.detach()
     if positions is not None:
         positions = positions.clamp(0, cos.shape[0] - 1)
         cos, sin = F.embedding(positions, cos), F.embedding(positions, sin)
     elif cos.shape[0] != length:
         cos, sin = cos[:length], sin[:length]
-    return cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
+    if cos.dtype != dtype:
+        cos, sin = cos.to(dtype), sin.to(dtype)
+    return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
 
 def _rotated(x, cos, sin, interleaved):
@@ -43,20 +48,30 @@ def _reference(q, k, cos, sin, interleaved, positions):
 
 
 def _rotated_fast(x, cos, sin, interleaved):
-    """`_rotated` in fewer passes and calls; not differentiable."""
-    half = cos.shape[-1]
-    part = x if 2 * half == x.shape[-1] else x[..., : 2 * half]
-    part = part.to(cos.dtype)
+    """`_rotated` in fewer passes over memory; not differentiable."""
+    part = _turning_part(x, cos)
     if interleaved:
         out = torch.view_as_real(_as_complex(part) * torch.complex(cos, sin)).reshape(part.shape)
     else:
-        pairs = part.view(*part.shape[:-1], 2, half)
+        pairs = part.view(*part.shape[:-1], 2, cos.shape[-1])
         turned = pairs * cos.unsqueeze(-2)
         (a, b), (new_a, new_b) = pairs.unbind(-2), turned.unbind(-2)
         new_a.addcmul_(b, sin, value=-1)
         new_b.addcmul_(a, sin)
         out = turned.reshape(part.shape)
     return _with_rest(out.to(x.dtype), x)
+
+
+def _rotated_few(x, cos, sin):
+    """`_rotated` by halves in fewer calls, which is what counts for a few tokens; not differentiable."""
+    a, b = _turning_part(x, cos).chunk(2, -1)
+    out = torch.cat(((a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)), -1)
+    return _with_rest(out.to(x.dtype), x)
+
+
+def _turning_part(x, cos):
+    width = 2 * cos.shape[-1]
+    return (x if width == x.shape[-1] else x[..., :width]).to(cos.dtype)
 
 
 def _as_complex(x):
@@ -90,12 +105,9 @@ def _torch(q, k, cos, sin, interleaved, positions):
         return _Rotate.apply(q, k, cos, sin, interleaved)
     if q.numel() > _FEW:
         return _rotated_fast(q, cos, sin, interleaved), _rotated_fast(k, cos, sin, interleaved)
-    # For a few tokens (decoding) the time is that of the calls: one tensor instead of two.
-    both = _rotated_fast(torch.cat((q, k), 2), cos, sin, interleaved)
-    return both.split((q.shape[2], k.shape[2]), 2)
-
-
-_FEW = 1 << 14
+    both = torch.cat((q, k), 2)
+    both = _rotated_fast(both, cos, sin, True) if interleaved else _rotated_few(both, cos, sin)
+    return both.split_with_sizes((q.shape[2], k.shape[2]), 2)
 
 
 def _supports(backend, q, k, cos, sin):
