@@ -101,28 +101,31 @@ def _run(rows, hidden, weight, bias, target, row_scale, need, options):
 
 def forward(rows, hidden, weight, bias, target, ignore_index, label_smoothing, z_loss, softcap, reduction,
             need_dhidden, need_dweight, need_dbias):  # fmt: skip
-    """-> loss (0-d, or target's shape for "none"), unscaled gradients of the sum of losses, and their scale (0-d).
+    """-> loss (0-d, or target's shape for "none"), gradients of the sum of losses, and what they must be multiplied by (0-d).
 
-    The scale 1 / live tokens is left to the backward, which multiplies by the upstream gradient anyway: gradients of order
-    one survive fp16, and no pass over them is spent here. "none" has no gradients yet: they depend on the upstream ones.
+    "none" has no gradients yet: they depend on the upstream ones.
     """
     options = (ignore_index, label_smoothing, z_loss, softcap)
     need = (need_dhidden, need_dweight, need_dbias) if reduction != "none" else (False, False, False)
-    loss, gradients = _run(rows, hidden, weight, bias, target, None, need, options)
-    scale = torch.empty((), dtype=loss.dtype, device=loss.device).fill_(1.0)
-    if reduction == "none":
-        return loss.view(target.shape), *gradients, scale
+    mean = left = torch.empty((), dtype=compute_dtype(hidden.dtype), device=hidden.device).fill_(1.0)
+    row_scale = None
     if reduction == "mean":
         # Stays on the device. Without any live token the loss is 0, not 0 / 0.
-        scale = 1 / (target != ignore_index).sum().clamp(min=1).to(loss.dtype)
-    return loss.sum() * scale, *gradients, scale
+        mean = 1 / (target != ignore_index).sum().clamp(min=1).to(left.dtype)
+        if hidden.dtype == torch.float16:
+            left = mean  # probabilities / live tokens would often be below fp16's smallest number
+        else:
+            row_scale = mean.expand(target.numel()).contiguous()  # so that the products' results are rounded once
+    loss, gradients = _run(rows, hidden, weight, bias, target, row_scale, need, options)
+    loss = loss.view(target.shape) if reduction == "none" else loss.sum() * mean
+    return loss, *gradients, left
 
 
-def backward(rows, scaled, dloss, hidden, weight, bias, target, dhidden, dweight, dbias, scale, ignore_index,
+def backward(rows, scaled, dloss, hidden, weight, bias, target, dhidden, dweight, dbias, left, ignore_index,
              label_smoothing, z_loss, softcap, reduction, need_dhidden, need_dweight, need_dbias):  # fmt: skip
     """-> gradients of hidden, weight and bias, new tensors. `scaled(t, factor)` multiplies by a 0-d tensor in fp32."""
     if reduction != "none":
-        factor = dloss * scale
+        factor = dloss * left
         return tuple(scaled(t, factor) for t in (dhidden, dweight, dbias))
     options = (ignore_index, label_smoothing, z_loss, softcap)
     need = (need_dhidden, need_dweight, need_dbias)

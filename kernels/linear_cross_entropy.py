@@ -45,13 +45,13 @@ def _add_tile(z_ptr, mask, peak, sums, total, softcap, MASKED: tl.constexpr, SMO
 
 
 @triton.jit
-def _write_tile(z_ptr, col, mask, target, lse, slope, spread, hit, scale, live, softcap, SMOOTHING: tl.constexpr,
+def _write_tile(z_ptr, col, mask, target, peak, inverse_sum, pull, on, off, scale, live, softcap,
                 SOFTCAP: tl.constexpr):  # fmt: skip
     """One tile of the second pass: the gradient over the logits."""
     x = _logit(z_ptr + col, mask, softcap, SOFTCAP)
-    g = tl.exp(x - lse) * slope - tl.where(col == target, hit, 0.0)
-    if SMOOTHING:
-        g -= spread
+    p = tl.exp(x - peak) * inverse_sum  # not exp(x - lse): a large lse is rounded, x - peak is not
+    g = p - tl.where(col == target, on, off)
+    g += pull * p  # last: it would round away what is left of p - 1
     if SOFTCAP:
         g *= 1.0 - (x / softcap) * (x / softcap)
     g = tl.where(live, g * scale, 0.0)  # a choice, not a product: an ignored row may hold anything
@@ -85,7 +85,8 @@ def _linear_cross_entropy_rows_kernel(
         peak, sums, total = _add_tile(
             z_ptr + full + col, full + col < V, peak, sums, total, softcap, True, SMOOTHING, SOFTCAP
         )  # fmt: skip
-    log_sum = tl.log(tl.sum(sums, 0))
+    sum_exp = tl.sum(sums, 0)
+    log_sum = tl.log(sum_exp)
     lse = peak + log_sum
     # peak - picked first: it is exact where the target is the maximum, and the loss small.
     loss = log_sum + (peak - picked) + z_loss * lse * lse
@@ -95,13 +96,14 @@ def _linear_cross_entropy_rows_kernel(
     tl.store(loss_ptr + row, tl.where(live, loss, 0.0))
     if WITH_GRAD:
         scale = tl.load(scale_ptr + row).to(tl.float32) if HAS_SCALE else 1.0
-        slope = 1.0 + 2.0 * z_loss * lse
+        inverse_sum, pull = 1.0 / sum_exp, 2.0 * z_loss * lse
+        on, off = 1.0 - smoothing * ((V - 1) / V), smoothing / V
         for start in range(0, full, BLOCK_V):
-            _write_tile(z_ptr, start + col, None, target, lse, slope, smoothing / V, 1.0 - smoothing, scale, live,
-                        softcap, SMOOTHING, SOFTCAP)  # fmt: skip
+            _write_tile(z_ptr, start + col, None, target, peak, inverse_sum, pull, on, off,
+                        scale, live, softcap, SOFTCAP)  # fmt: skip
         if full < V:
-            _write_tile(z_ptr, full + col, full + col < V, target, lse, slope, smoothing / V, 1.0 - smoothing, scale,
-                        live, softcap, SMOOTHING, SOFTCAP)  # fmt: skip
+            _write_tile(z_ptr, full + col, full + col < V, target, peak, inverse_sum, pull, on, off,
+                        scale, live, softcap, SOFTCAP)  # fmt: skip
 
 
 @triton.jit

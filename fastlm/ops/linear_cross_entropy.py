@@ -22,7 +22,10 @@ def _reference(hidden, weight, bias, target, ignore_index, label_smoothing, z_lo
     lse = logits.logsumexp(-1)
     live = target != ignore_index
     picked = logits.gather(-1, target.clamp(0, weight.shape[0] - 1).unsqueeze(-1)).squeeze(-1)
-    loss = lse - (1 - label_smoothing) * picked - label_smoothing * logits.mean(-1) + z_loss * lse.square()
+    loss = lse - (1 - label_smoothing) * picked
+    if label_smoothing:  # else 0 times the -inf of a class that a bias rules out
+        loss = loss - label_smoothing * logits.mean(-1)
+    loss = loss + z_loss * lse.square()
     loss = loss.where((target >= 0) & (target < weight.shape[0]), torch.nan).where(live, 0)
     if reduction == "none":
         return loss
@@ -56,11 +59,13 @@ def _torch_rows(logits, target, loss, row_scale, with_grad, ignore_index, label_
         loss[here] = row.where(valid[here], torch.nan).where(live[here], 0)
         if not with_grad:
             continue
-        if z_loss:
-            p.mul_(1 + 2 * z_loss * (peak + excess).unsqueeze(1))
+        # Added last: together with p it would round away what is left of p - 1 where p is close to 1.
+        pull = p * (2 * z_loss * (peak + excess).unsqueeze(1)) if z_loss else None
         if label_smoothing:
             p.sub_(label_smoothing / vocabulary)
         p.scatter_add_(1, at, p.new_full(at.shape, label_smoothing - 1))
+        if pull is not None:
+            p.add_(pull)
         if softcap is not None:
             p.mul_(x.div_(softcap).square_().neg_().add_(1))
         torch.mul(p, scale[here].unsqueeze(1), out=z)
@@ -143,6 +148,47 @@ def _backward_reference(dloss, hidden, weight, bias, target, dhidden, dweight, d
     )
 
 
+def _shard_forward(
+    hidden, weight, bias, target, i, s, z, c, reduction, need_dhidden, need_dweight, need_dbias, backend
+):
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    options = [None] * 9
+    whole = Replicate()
+    rules = [([whole] * 5, [whole, whole, None if bias is None else whole, whole, *options])]
+    # A mean over the live rows of one part is no part of the mean: the public function asks for the sum.
+    if hidden.ndim > 1 and reduction != "mean":
+        rows, now = Shard(0), reduction != "none"
+        outputs = [
+            Partial() if now else rows,
+            rows if now and need_dhidden else whole,
+            Partial() if now and need_dweight else whole,
+            Partial() if now and need_dbias else whole,
+            whole,
+        ]
+        rules.append((outputs, [rows, whole, None if bias is None else whole, rows, *options]))
+    return rules
+
+
+def _shard_backward(dloss, hidden, weight, bias, target, dhidden, dweight, dbias, scale, i, s, z, c, reduction,
+                    need_dhidden, need_dweight, need_dbias, backend):  # fmt: skip
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    options = [None] * 9
+    whole = Replicate()
+    none_or_whole = None if bias is None else whole
+    rules = [([whole] * 3, [whole, whole, whole, none_or_whole, *[whole] * 5, *options])]
+    if hidden.ndim > 1 and reduction != "mean":
+        rows, now = Shard(0), reduction != "none"
+        outputs = [rows if need_dhidden else whole, *(Partial() if n else whole for n in (need_dweight, need_dbias))]
+        saved = [*outputs, whole] if now else [whole] * 4
+        rules.append((outputs, [whole if now else rows, rows, whole, none_or_whole, rows, *saved, *options]))
+    return rules
+
+
+OP.sharding(_shard_forward, _shard_backward)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -190,6 +236,15 @@ def linear_cross_entropy(
     arXiv:1512.00567.
     """
     _check(hidden, weight, target, bias, ignore_index, label_smoothing, z_loss, softcap, reduction)
+    if reduction == "mean" and type(hidden).__name__ == "DTensor":
+        options = {
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+        }
+        total = linear_cross_entropy(hidden, weight, target, bias=bias, reduction="sum", backend=backend, **options)
+        return total / (target != ignore_index).sum().clamp(min=1)
     dtype = autocast_dtype(hidden)
     if dtype is not None and hidden.dtype != torch.float64:
         hidden = hidden.to(dtype)
@@ -235,7 +290,7 @@ def _check(hidden, weight, target, bias, ignore_index, label_smoothing, z_loss, 
         raise ValueError(f"{name}: z_loss must be >= 0, got {z_loss}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{name}: softcap must be > 0 or None, got {softcap}")
-    if target.device.type == "cpu" and target.numel():
+    if type(target) is Tensor and target.device.type == "cpu" and target.numel():
         wrong = ((target < 0) | (target >= weight.shape[0])) & (target != ignore_index)
         if host_values(wrong.any()):
             raise ValueError(

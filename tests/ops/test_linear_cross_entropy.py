@@ -1,0 +1,359 @@
+import importlib.util
+import itertools
+import sys
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlm.kernels
+from fastlm import ops
+from fastlm.kernels import chunked_loss
+from fastlm.ops.linear_cross_entropy import OP, _scaled, _torch_rows
+from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, planted_bug
+
+BACKENDS = ("torch", "triton")
+ALL = {"label_smoothing": 0.1, "z_loss": 0.02, "softcap": 6.0}
+
+
+def _args(dtype, device, shape=(2, 4, 24), vocabulary=300, bias=True, scale=1.0):
+    """hidden, weight, bias and targets of which some are ignored."""
+    hidden = torch.randn(shape, dtype=torch.float64)
+    weight = scale * torch.randn(vocabulary, shape[-1], dtype=torch.float64) / shape[-1] ** 0.5
+    target = torch.randint(0, vocabulary, shape[:-1])
+    target.view(-1)[1::3] = -100
+    biases = [torch.randn(vocabulary, dtype=torch.float64)] if bias else []
+    return *(t.to(dtype).to(device) for t in (hidden, weight, *biases)), target.to(device)
+
+
+def _plain(hidden, weight, bias, target, label_smoothing=0.0, z_loss=0.0, softcap=None, reduction="mean"):
+    """What a user writes, in the inputs' own dtype."""
+    logits = F.linear(hidden, weight, bias).flatten(0, -2)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    target = target.flatten()
+    loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction=reduction)
+    if z_loss:
+        squares = (logits.logsumexp(-1) ** 2).where(target != -100, 0)
+        count = (target != -100).sum() if reduction == "mean" else 1
+        loss = loss + z_loss * (squares if reduction == "none" else squares.sum() / count)
+    return loss.view(hidden.shape[:-1]) if reduction == "none" else loss
+
+
+def _case(reduction, **options):
+    def fn(hidden, weight, bias, target, backend):
+        return ops.linear_cross_entropy(
+            hidden, weight, target, bias=bias, reduction=reduction, backend=backend, **options
+        )
+
+    return Case(
+        "linear_cross_entropy",
+        fn,
+        _args,
+        lambda dtype, device: _args(dtype, device, (3, 3), 5),
+        plain=partial(_plain, reduction=reduction, **options),
+        empty=lambda dtype, device: _args(dtype, device, (0, 8), 5),
+    )
+
+
+MEAN, NONE = _case("mean"), _case("none", **ALL)
+CASES = pytest.mark.parametrize("case", [MEAN, NONE, _case("sum", z_loss=0.02)], ids=["mean", "none_all", "sum_z"])
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Three rows per chunk, for 300 fp32 logits."""
+    monkeypatch.setattr(chunked_loss, "LOGITS_BYTES", dict.fromkeys(("cpu", "cuda"), 3 * 300 * 4))
+
+
+@CASES
+def test_reference(case):
+    check_reference(case)
+
+
+@pytest.mark.parametrize("case", [MEAN, NONE], ids=["mean", "none_all"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_contract(case, backend, device):
+    check_op(case, backend, device)
+
+
+@CASES
+@pytest.mark.parametrize("dtype", MEAN.dtypes, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accuracy(case, backend, dtype, device):
+    check_accuracy(case, backend, dtype, device)
+
+
+@CASES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accuracy_over_chunks(case, backend, dtype, device, small_chunks):
+    check_accuracy(case, backend, dtype, device)
+
+
+def test_chunk_size_does_not_change_fp64(monkeypatch):
+    combinations = itertools.product(("mean", "sum", "none"), (0.0, 0.1), (0.0, 0.02), (None, 4.0), (False, True))
+    for reduction, smoothing, z_loss, softcap, bias in combinations:
+        *inputs, target = _args(torch.float64, "cpu", (13, 6), 37, bias)
+        inputs = [t.requires_grad_() for t in inputs]
+        results = []
+        for backend, rows in (("reference", 1), ("torch", 1000), ("torch", 1), ("torch", 5)):
+            monkeypatch.setitem(chunked_loss.LOGITS_BYTES, "cpu", rows * 37 * 8)
+            options = {"label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap, "reduction": reduction}
+            loss = ops.linear_cross_entropy(
+                *inputs[:2], target, bias=inputs[2] if bias else None, backend=backend, **options
+            )
+            results.append([loss, *torch.autograd.grad(loss.square().sum(), inputs)])
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-13)
+        plain = _plain(*inputs[:2], inputs[2] if bias else None, target, **options)
+        torch.testing.assert_close(results[0][0], plain, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "n, vocabulary, itemsize", [(1, 7, 4), (10_000, 128_256, 2), (1000, 50_257, 4), (5, 1 << 30, 4)]
+)
+def test_chunks_cover_the_rows_and_keep_the_budget(n, vocabulary, itemsize):
+    for device in ("cpu", "cuda"):
+        step = chunked_loss.chunk_rows(n, vocabulary, itemsize, torch.device(device))
+        assert step == 1 or step * vocabulary * itemsize <= chunked_loss.LOGITS_BYTES[device]
+        last = n - (-(-n // step) - 1) * step
+        assert 0 < last <= step and (step < 128 or last > step - 128 * -(-n // step))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 16, 123, 8192, 8300])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_widths(backend, vocabulary, device):
+    args = _args(torch.float32, device, (3, 8), vocabulary)
+    for case in (MEAN, NONE):
+        check_accuracy(case, backend, torch.float32, device, args)
+
+
+def _check_large_logits(backend, device):
+    check_accuracy(MEAN, backend, torch.float32, device, _args(torch.float32, device, scale=200.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits(backend, device):
+    _check_large_logits(backend, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_classes_that_are_masked_out(backend, device):
+    hidden, weight, bias, target = _args(torch.float32, device, (6, 8), 8292)
+    bias[:8200] = float("-inf")  # more than a whole tile
+    target[target >= 0] = 8200 + target[target >= 0] % 92
+    check_accuracy(MEAN, backend, torch.float32, device, (hidden, weight, bias, target))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+def test_nothing_but_ignored_rows(backend, reduction, device):
+    hidden, weight, bias, target = _args(torch.float32, device)
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+    loss = ops.linear_cross_entropy(hidden, weight, target.fill_(3), bias=bias, ignore_index=3, reduction=reduction,
+                                    backend=backend, **ALL)  # fmt: skip
+    assert (loss == 0).all() and loss.dtype == torch.float32
+    assert all((g == 0).all() for g in torch.autograd.grad(loss.sum(), inputs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_autocast_the_master_weight_gets_an_fp32_gradient(backend, device, small_chunks):
+    hidden, weight, target = _args(torch.float32, device, bias=False)
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+
+    def run(fn):
+        with torch.autocast(device, torch.bfloat16):
+            loss = fn()
+        return loss, *torch.autograd.grad(loss, inputs)
+
+    got = run(lambda: ops.linear_cross_entropy(hidden, weight, target, backend=backend))
+    plain = run(lambda: _plain(hidden, weight, None, target))
+    exact = ops.linear_cross_entropy(hidden, weight, target, backend="reference")
+    exact = exact, *torch.autograd.grad(exact, inputs)
+    for g, p, e in zip(got, plain, exact):
+        assert g.dtype == torch.float32
+        assert (g - e).abs().max() <= 2 * (p - e).abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_in_another_dtype(backend, device):
+    hidden, weight, target = _args(torch.float32, device, bias=False)
+    for h, w in ((hidden, weight.bfloat16()), (hidden.bfloat16(), weight)):
+        h, w = h.requires_grad_(), w.requires_grad_()
+        loss = ops.linear_cross_entropy(h, w, target, backend=backend)
+        dh, dw = torch.autograd.grad(loss, (h, w))
+        assert (loss.dtype, dh.dtype, dw.dtype) == (torch.float32, h.dtype, w.dtype)
+        plain = F.cross_entropy(F.linear(h, w.to(h.dtype)).flatten(0, 1).float(), target.flatten())
+        torch.testing.assert_close(loss, plain, rtol=1e-2, atol=1e-2)
+
+
+def _forward_outputs(monkeypatch, fn):
+    """What the dispatcher entry returned during fn()."""
+    seen, real = [], OP.forward
+    monkeypatch.setattr(OP, "forward", lambda *args: seen.append(real(*args)) or seen[-1])
+    fn()
+    monkeypatch.setattr(OP, "forward", real)
+    return seen[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_needed_gradients_are_computed(backend, device, monkeypatch):
+    hidden, weight, bias, target = _args(torch.float32, device)
+
+    def sizes(grad_of):
+        for t in (hidden, weight, bias):
+            t.requires_grad_(any(t is g for g in grad_of))
+        fn = lambda: ops.linear_cross_entropy(hidden, weight, target, bias=bias, backend=backend)  # noqa: E731
+        if grad_of:
+            fn().backward()
+        return [t.numel() for t in _forward_outputs(monkeypatch, fn)[1:4]]
+
+    assert sizes([]) == [0, 0, 0]
+    assert sizes([hidden]) == [hidden.numel(), 0, 0]
+    assert sizes([weight]) == [0, weight.numel(), 0]
+    assert sizes([weight, bias]) == [0, weight.numel(), bias.numel()]
+    with torch.no_grad():
+        assert sizes([]) == [0, 0, 0]
+
+
+class _Largest(TorchDispatchMode):
+    """The largest result of any torch call within the block."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            self.elements = max(self.elements, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return out
+
+
+def test_logits_are_never_whole(monkeypatch):
+    hidden, weight, target = _args(torch.float32, "cpu", (64, 4), 500, bias=False)
+    monkeypatch.setitem(chunked_loss.LOGITS_BYTES, "cpu", 8 * 500 * 4)
+    for reduction in ("mean", "none"):
+        with _Largest() as largest:
+            options = (-100, 0.1, 0.1, None, reduction, True, True, False)
+            loss, *saved = chunked_loss.forward(_torch_rows, hidden, weight, None, target, *options)
+            chunked_loss.backward(
+                _torch_rows, _scaled, torch.ones_like(loss), hidden, weight, None, target, *saved, *options
+            )
+        assert largest.elements == 8 * 500
+
+
+def test_a_target_out_of_range(device):
+    hidden, weight, target = _args(torch.float32, device, (2, 3, 8), 11, bias=False)
+    for wrong in (11, -1):
+        target[1, 2] = wrong
+        # Where values cannot be read the memory is safe and the loss NaN.
+        for backend in BACKENDS:
+            options = (-100, 0.0, 0.0, None, "none", True, True, False, backend)
+            loss = OP.forward(hidden, weight, None, target, *options)[0]
+            assert loss[1, 2].isnan() and loss.isnan().sum() == 1
+    with pytest.raises(ValueError, match=r"target must be in \[0, 11\) or ignore_index=-100, got -1"):
+        ops.linear_cross_entropy(hidden.cpu(), weight.cpu(), target.cpu())
+
+
+# --- planted bugs ---
+
+
+@contextmanager
+def planted_in_loop(old, new):
+    """The torch backend over a copy of kernels/chunked_loss.py in which `old` became `new`."""
+    source = (Path(fastlm.kernels.__path__[0]) / "chunked_loss.py").read_text(encoding="utf-8")
+    assert old in source
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_planted_loop", loader=None))
+    exec(source.replace(old, new), module.__dict__)
+    module.LOGITS_BYTES = chunked_loss.LOGITS_BYTES
+    before = dict(OP._loaded)
+    OP._loaded["torch", 0] = partial(module.forward, _torch_rows)
+    OP._loaded["torch", 1] = partial(module.backward, _torch_rows, _scaled)
+    try:
+        yield
+    finally:
+        OP._loaded.clear()
+        OP._loaded.update(before)
+        sys.modules.pop("_planted_loop", None)
+
+
+def _check_all(backend, device):
+    check_accuracy(MEAN, backend, torch.float32, device)
+    check_accuracy(NONE, backend, torch.float32, device)
+    _check_large_logits(backend, device)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("new_peak = tl.maximum(peak, tl.max(x, 0))", "new_peak = tl.maximum(peak, 0.0)"),  # maximum not subtracted
+        ("x = tl.where(mask, x, float(\"-inf\"))", "x = tl.where(mask, x, 0.0)"),  # wrong mask in the tail
+        ("live = target != ignore_index", "live = target != ignore_index - 1"),  # ignored rows counted
+        ("    if full < V:\n        peak", "    if full < V - BLOCK_V:\n        peak"),  # tail of the vocabulary not read
+        ("        if full < V:\n            _write", "        if full < V - BLOCK_V:\n            _write"),  # nor written
+        ("g *= 1.0 - (x / softcap) * (x / softcap)", "g *= 1.0"),
+        ("tl.where(col == target, on, off)", "tl.where(col == target, on, 0.0)"),
+        ("g += pull * p", "g += 0.0"),
+        ("tl.load(scale_ptr + row).to(tl.float32) if HAS_SCALE else 1.0", "1.0"),
+    ],
+    ids=["maximum", "mask", "ignored", "tail_read", "tail_written", "softcap", "smoothing", "z_loss", "row_scale"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_planted_bug_is_seen(old, new, device):
+    with planted_bug("linear_cross_entropy", old, new), pytest.raises(AssertionError):
+        _check_all("triton", device)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("mean = 1 / (target", "mean = 0 + (target"),  # the mean not taken
+        ("(target != ignore_index).sum()", "(target == target).sum()"),  # over all rows
+        ("dlogits.t(), h, start == 0", "dlogits.t(), h, True"),  # only the last chunk counts
+        ("_add_product(self.dw, dlogits.t(), h, start == 0)", "_add_product(self.dw, dlogits.t(), h, False)"),
+        ("self.db += ", "self.db = "),
+        ("here = slice(start, min(start + step, n))", "here = slice(start, min(start + step, n - 1))"),  # the last row
+    ],
+    ids=["no_mean", "all_rows", "last_chunk", "uninitialised", "bias", "tail"],
+)
+def test_planted_bug_in_the_loop_is_seen(old, new, small_chunks):
+    with planted_in_loop(old, new), pytest.raises(AssertionError):
+        check_accuracy(MEAN, "torch", torch.float32, "cpu")
+        check_guards(MEAN, "torch", "cpu")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_write_outside_a_tensor_is_seen(device):
+    # Only under guard bands: without them this bug corrupts the process.
+    bug = planted_bug("linear_cross_entropy", "full + col < V, target", "full + col < V + 8, target")
+    with bug, pytest.raises(AssertionError, match="wrote outside"):
+        check_guards(MEAN, "triton", device)
+
+
+def test_explain_and_errors():
+    hidden, weight, bias, target = _args(torch.float32, "cpu", (2, 3, 8), 11)
+    call = partial(ops.linear_cross_entropy, hidden, weight, target)
+    assert ops.explain(call.func, *call.args).backend == "torch"
+    fails = lambda error, message, *args, **kw: _fails(error, "linear_cross_entropy: " + message, args, **kw)  # noqa: E731
+    fails(ValueError, r"hidden must be \[..., 8\]", hidden[..., :7], weight, target)
+    fails(ValueError, r"target must be \[2, 3\] like hidden's rows, got \[3\]", hidden, weight, target[0])
+    fails(ValueError, r"bias must be \[11\]", hidden, weight, target, bias=bias[:4])
+    fails(ValueError, r"weight must be \[V, D\]", hidden, weight[0], target)
+    fails(TypeError, "target must be int64", hidden, weight, target.int())
+    fails(TypeError, "weight must be floating point", hidden, weight.long(), target)
+    fails(ValueError, "reduction must be 'mean', 'sum' or 'none', got 'avg'", hidden, weight, target, reduction="avg")
+    fails(ValueError, r"label_smoothing must be in \[0, 1\]", hidden, weight, target, label_smoothing=1.5)
+    fails(ValueError, "z_loss must be >= 0", hidden, weight, target, z_loss=-1.0)
+    fails(ValueError, "softcap must be > 0", hidden, weight, target, softcap=0.0)
+    fails(ValueError, r"target must be in \[0, 11\) or ignore_index=-100, got 11", hidden, weight, target.fill_(11))
+    fails(ValueError, "backend must be 'auto' or one of", hidden, weight, target.fill_(0), backend="cut")
+    fails(ValueError, ".*got float64", hidden.double(), weight, target, backend="triton")
+
+
+def _fails(error, message, args, **kwargs):
+    with pytest.raises(error, match=message):
+        ops.linear_cross_entropy(*args, **kwargs)
