@@ -192,7 +192,7 @@ def generate(
 
     if prompt == "-":
         prompt = sys.stdin.read()
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "stop_strings": stop or None}
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "stop_strings": stop or ()}
     for i in range(samples):
         if samples > 1:
             print(f"--- {i + 1}")
