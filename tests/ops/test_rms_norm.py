@@ -121,3 +121,9 @@ def test_errors():
         ops.rms_norm(x, weight, backend="tritn")
     with pytest.raises(ValueError, match="its kernels take float32, bfloat16, float16, got float64"):
         ops.rms_norm(x.double(), backend="triton")
+
+
+@CASES
+def test_torch_form_differentiates_twice(case):
+    args = [a.requires_grad_() for a in case.tiny(torch.float64, "cpu")]
+    assert torch.autograd.gradgradcheck(lambda *a: case.fn(*a, backend="torch"), args)
