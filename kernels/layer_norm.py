@@ -88,14 +88,14 @@ def _layer_norm_bwd_kernel(
 
 
 def layer_norm_fwd(x, weight, bias, residual, eps):
-    """-> y [..., N] in x's dtype, residual_out [..., N] in residual's dtype (empty without one), mean, rstd [M] fp32."""
+    """-> y [..., N] in x's dtype, residual_out [..., N] in residual's dtype (empty without one), mean, rstd [...] fp32."""
     x2 = rows(x)
     M, N = x2.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     residual_out = torch.empty(x.shape if residual is not None else 0, dtype=(x if residual is None else residual).dtype,
                                device=x.device)  # fmt: skip
-    mean = torch.empty(M, dtype=torch.float32, device=x.device)
-    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return y, residual_out, mean, rstd
     block_m, block_n, num_warps = row_tile(N)

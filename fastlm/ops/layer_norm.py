@@ -71,12 +71,11 @@ OP = Op(
 
 def _fake_forward(x, weight, bias, residual, eps, backend):
     sum_shape, sum_dtype = (0, x.dtype) if residual is None else (x.shape, residual.dtype)
-    stats = x.numel() // max(x.shape[-1], 1)
     return (
         x.new_empty(x.shape),
         x.new_empty(sum_shape, dtype=sum_dtype),
-        x.new_empty(stats, dtype=torch.float32),
-        x.new_empty(stats, dtype=torch.float32),
+        x.new_empty(x.shape[:-1], dtype=torch.float32),
+        x.new_empty(x.shape[:-1], dtype=torch.float32),
     )
 
 
@@ -130,16 +129,14 @@ def _shard_forward(x, weight, bias, residual, eps, backend):
     from torch.distributed.tensor import Replicate, Shard
 
     def rule(place):
-        stats = Shard(0) if isinstance(place, Shard) else place
         sum_place = Replicate() if residual is None else place
         parameters = [None if t is None else Replicate() for t in (weight, bias)]
         return (
-            [place, sum_place, stats, stats],
+            [place, sum_place, place, place],
             [place, *parameters, None if residual is None else place, None, None],
         )
 
-    # mean and rstd are flat, so only a split of the first dimension maps onto them.
-    return [rule(Replicate())] + ([rule(Shard(0))] if x.ndim > 1 else [])
+    return [rule(Replicate()), *(rule(Shard(d)) for d in range(x.ndim - 1))]
 
 
 def _shard_backward(dy, dresidual_out, x, weight, bias, mean, rstd, need_dweight, need_dbias, eps, backend):
@@ -151,7 +148,7 @@ def _shard_backward(dy, dresidual_out, x, weight, bias, mean, rstd, need_dweight
         inputs = [place, None if dresidual_out is None else place, place, *parameters, place, place]
         return outputs, [*inputs, None, None, None, None]
 
-    return [rule(Replicate(), Replicate())] + ([rule(Shard(0), Partial())] if x.ndim > 1 else [])
+    return [rule(Replicate(), Replicate()), *(rule(Shard(d), Partial()) for d in range(x.ndim - 1))]
 
 
 OP.sharding(_shard_forward, _shard_backward)
