@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Row
+from benchmarks.harness import OURS, Row
 
 
 def machine(device: str) -> dict:
@@ -22,6 +24,7 @@ def machine(device: str) -> dict:
         "kind": "machine",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
+        "sources": _sources_hash(),
         "device": device,
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -70,6 +73,19 @@ def _commit() -> str | None:
     commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
     # The report must not pass off changed code as the commit it started from.
     return commit and commit + ("+changes" if _output("git", "-C", here, "status", "--porcelain", "-uno") else "")
+
+
+def _sources_hash() -> str:
+    """Names the measured code where there is no git: a hash of every source file of the imported library."""
+    import fastlm
+    import fastlm.kernels
+
+    digest = hashlib.sha256()
+    for folder in (Path(fastlm.__file__).parent, Path(fastlm.kernels.__path__[0])):
+        for path in sorted(folder.rglob("*.py")):
+            if folder.name == "kernels" or "kernels" not in path.relative_to(folder).parts:  # a wheel nests the kernels
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _nvidia_smi() -> dict:
@@ -139,3 +155,37 @@ def _number(value: float | None, width: int) -> str:
     if value is None:
         return f"{'-':>{width}}"
     return f"{value:{width}.3f}" if value < 10 else f"{value:{width}.1f}"
+
+
+def short_table(path: Path) -> str:
+    """One line per cell of a JSON lines file: our fastest provider beside plain torch and torch.compile."""
+    cells: dict[tuple, dict[str, float]] = {}
+    reasons: dict[tuple, int] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry["kind"] == "time":
+            key = (entry["op"], size_text(entry["size"]), entry["dtype"], entry["mode"])
+            cells.setdefault(key, {})[entry["provider"]] = entry["ms"]
+        elif entry["kind"] == "no time" and not entry["reason"].startswith("missing"):
+            key = (entry["op"], entry["provider"], entry["reason"][:90])
+            reasons[key] = reasons.get(key, 0) + 1
+    lines = [
+        f"{'op and size':52} {'dtype':9} {'mode':8} {'ours ms':>9} {'provider':14} {'x torch':>8} {'x compile':>9}"
+    ]
+    for (op, size, dtype, mode), times in cells.items():
+        if mode == "both":
+            continue  # the sum of the two others, but for the host's part
+        own = {name: ms for name, ms in times.items() if name.startswith(OURS)}
+        if not own:
+            continue
+        best = min(own, key=own.get)
+        ratios = [times[name] / own[best] if name in times else None for name in ("torch", "torch.compile")]
+        lines.append(
+            f"{f'{op} {size}':52} {dtype:9} {mode:8} {own[best]:9.4f} {best:14} {_number(ratios[0], 8)} {_number(ratios[1], 9)}"
+        )
+    lines += [f"no time: {' '.join(key)} ({count} times)" for key, count in reasons.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(short_table(Path(sys.argv[1])))

@@ -57,7 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--provider", help="measure this provider and the plain one alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder; rows are appended to ops.jsonl there")
+    parser.add_argument("--list", action="store_true", help="print the ops that have a benchmark, and stop")
     options = parser.parse_args(argv)
+    if options.list:
+        print("\n".join(ops_with_benchmarks()))
+        return 0
     header = machine(options.device)
     print("  ".join(f"{k}: {v}" for k, v in header.items() if k != "kind"))
     lines = Lines(options.out and options.out / "ops.jsonl", header)

@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Tests and measures fastlm on a GPU machine that has its own torch and triton and no network, within nine minutes.
+#
+#   benchmarks/gpu.sh [--dry] [--wheel FILE] [OUTDIR]
+#
+# Installs the checkout (or FILE) without dependencies into a temporary folder, runs the op tests compiled, then the op
+# benchmarks, and prints a short table last. OUTDIR (default gpu-results) gets summary.txt, tests.txt, ops.txt and ops.jsonl;
+# what is there is kept if the run is stopped. --dry walks the same path on a CPU with tiny sizes.
+set -uo pipefail
+set -m # else bash lets background jobs ignore the SIGINT by which pytest is asked to stop and sum up
+
+limit=520 tests_limit=280 job=""
+dry=0 wheel="" out=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --dry) dry=1 ;;
+    --wheel) wheel="$(realpath "$2")"; shift ;;
+    -h|--help) sed -n '2,8p' "$0" | cut -c3-; exit 0 ;;
+    -*) echo "gpu.sh: unknown option $1; see --help" >&2; exit 2 ;;
+    *) out="$1" ;;
+  esac
+  shift
+done
+root="$(cd "$(dirname "$0")/.." && pwd)"
+mkdir -p "${out:-gpu-results}" || exit 2
+out="$(cd "${out:-gpu-results}" && pwd)"
+python="${PYTHON:-python3}"
+work="$(mktemp -d)"
+summary="$out/summary.txt"
+: > "$summary"; : > "$out/tests.txt"; : > "$out/ops.txt"; : > "$out/ops.jsonl"
+left() { echo $((limit - SECONDS)); }
+say() { echo "$*" | tee -a "$summary"; }
+
+finish() {
+  trap - EXIT INT TERM
+  {
+    echo
+    tail -n 1 "$out/tests.txt"
+    grep -E "^(FAILED|ERROR)" "$out/tests.txt" | cut -c1-160 | head -n 15
+    (cd "$work" && "$python" -m benchmarks.report "$out/ops.jsonl" 2>/dev/null)
+    echo "$SECONDS s; everything is in $out"
+  } | tee -a "$summary"
+  rm -rf "$work"
+}
+trap finish EXIT
+stop() {
+  trap - INT TERM
+  say "stopped after $SECONDS s"
+  if [ -n "$job" ]; then kill -INT "$job" 2>/dev/null; wait "$job" 2>/dev/null; fi
+  exit 130
+}
+trap stop INT TERM
+
+# From here on nothing is read from the checkout but tests and benchmarks: fastlm is the installed one.
+unset TRITON_INTERPRET
+export PYTHONPATH="$work/site:$root" OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+cd "$work" || exit 2
+
+install() {
+  local source="${wheel:-$work/source}"
+  if [ -z "$wheel" ]; then
+    mkdir "$work/source" # a copy: the build must leave nothing in the checkout
+    (cd "$root" && cp -r pyproject.toml setup.py README.md LICENSE MANIFEST.in fastlm kernels csrc "$work/source")
+  fi
+  "$python" -m pip install --quiet --no-deps --no-index --no-build-isolation --target "$work/site" "$source"
+}
+if install >"$work/install.txt" 2>&1; then
+  say "installed ${wheel:-the checkout} into a temporary folder ($SECONDS s)"
+else
+  say "the install failed, the checkout is used as it is: $(tail -n 1 "$work/install.txt")"
+fi
+"$python" - <<'PYTHON' 2>&1 | tee -a "$summary"
+import torch, fastlm
+from benchmarks.report import machine
+print(f"fastlm from {fastlm.__file__}")
+print("  ".join(f"{k}: {v}" for k, v in machine("cuda" if torch.cuda.is_available() else "cpu").items() if k != "kind"))
+PYTHON
+if [ $dry = 0 ] && ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  say "gpu.sh: torch sees no CUDA GPU; --dry rehearses on a CPU"
+  exit 1
+fi
+
+tests=("$root/tests/ops") workers=12 suite=quick options=()
+if [ $dry = 1 ]; then
+  tests=("$root/tests/ops/test_rms_norm.py") workers=2 suite=tiny options=(--provider fastlm:torch)
+fi
+parallel=()
+"$python" -c "import xdist" 2>/dev/null && parallel=(-n "$workers")
+# -o pythonpath= : pyproject.toml puts the checkout first, and the installed package is what is tested.
+# pytest-xdist needs up to 20 s to collect its workers and sum up.
+timeout --signal=INT --kill-after=30 "$tests_limit" "$python" -m pytest "${tests[@]}" "${parallel[@]}" -q -m "not slow" \
+  -c "$root/pyproject.toml" --rootdir "$root" -o pythonpath= -p no:cacheprovider >"$out/tests.txt" 2>&1 &
+job=$!
+wait "$job"
+say "tests: exit status $? ($SECONDS s)"
+
+# One process per op: a kernel that breaks the GPU's context costs one op.
+for op in $("$python" -m benchmarks run --list); do
+  [ "$(left)" -gt 10 ] || { say "out of time before $op"; continue; }
+  timeout --signal=INT --kill-after=10 "$(($(left) - 5))" "$python" -m benchmarks run --op "$op" --suite "$suite" \
+    "${options[@]}" --out "$out" >>"$out/ops.txt" 2>"$work/errors.txt" &
+  job=$!
+  wait "$job" || say "$op: exit status $?: $(tail -n 1 "$work/errors.txt" | cut -c1-160)"
+done
+exit 0

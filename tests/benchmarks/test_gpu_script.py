@@ -1,0 +1,37 @@
+"""benchmarks/gpu.sh: its errors, and (slow) the whole path on a CPU."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def _run(*arguments):
+    environment = os.environ | {"PYTHON": sys.executable}
+    return subprocess.run(["bash", str(SCRIPT), *map(str, arguments)], env=environment, capture_output=True, text=True)
+
+
+def test_help_and_unknown_option():
+    done = _run("--help")
+    assert done.returncode == 0 and "benchmarks/gpu.sh [--dry]" in done.stdout and "set -" not in done.stdout
+    done = _run("--fast")
+    assert done.returncode == 2 and done.stderr.strip() == "gpu.sh: unknown option --fast; see --help"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses on a CPU")
+def test_rehearsal(tmp_path):
+    done = _run("--dry", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["ops.jsonl", "ops.txt", "summary.txt", "tests.txt"]
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert "installed the checkout" in summary and "tests: exit status 0" in summary
+    assert f"{os.sep}site{os.sep}fastlm{os.sep}__init__.py" in summary  # the installed one, not the checkout
+    assert "rms_norm M=8 N=48" in summary and summary.splitlines()[-1].endswith("out")
