@@ -1,6 +1,8 @@
 # Everything happens in .venv: `make demo` trains a small model, `make test` runs every check a machine without a GPU can run.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Beside a CPU build of torch only; a CUDA build brings the Triton it was tested with.
+TRITON ?= triton==3.6.0
 VENV := .venv
 PY := $(VENV)/bin/python
 # Small tensors on many test processes: one thread each is fastest, and keeps results repeatable.
@@ -44,6 +46,7 @@ $(VENV)/.installed: pyproject.toml setup.py csrc/host.cpp | $(VENV)/bin/python
 
 $(VENV)/.test: $(VENV)/.installed
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
+	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install --quiet "$(TRITON)"
 	touch $@
 
 clean:
