@@ -1,4 +1,4 @@
-"""The measuring harness: what a benchmark file declares (`Bench`), the accuracy gate, and the clock.
+"""The measuring harness: what a benchmark file declares (`Bench`), the accuracy gate, and the run of one cell.
 
 A benchmark file, benchmarks/ops/bench_<stem>.py, defines one `BENCH`; see bench_rms_norm.py. Rules of the house:
 
@@ -12,9 +12,6 @@ A benchmark file, benchmarks/ops/bench_<stem>.py, defines one `BENCH`; see bench
 
 from __future__ import annotations
 
-import gc
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,13 +21,13 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
+from benchmarks.clock import host_us, peak_mb, quartiles, time_calls
 from fastlm.ops._op import REGISTRY
 from fastlm.testing import assert_accurate
 
 MODES = ("forward", "backward", "both")
 OURS = "fastlm:"  # how the names of our own providers begin
 _FOREIGN = 5
-_FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
 
 
 @dataclass(frozen=True)
@@ -248,132 +245,28 @@ def prepare(fn: Callable, args: tuple, mode: str) -> Callable[[], Any]:
     return both
 
 
-# --- clocks -------------------------------------------------------------------------------------------------------
-
-
-def balanced_order(count: int, turn: int) -> list[int]:
-    """The order of `count` providers in one turn: rotated, and reversed every other turn."""
-    order = [(i + turn // 2) % count for i in range(count)]
-    return order[::-1] if turn % 2 else order
-
-
-def time_calls(calls: Sequence[Callable], device: str, seconds: float) -> list[list[float]]:
-    """Milliseconds of each call, a list of samples each, taken in turns for about `seconds` in all (at least 7 turns)."""
-    return _time_cuda(calls, seconds) if device == "cuda" else _time_cpu(calls, seconds)
-
-
-def _time_cpu(calls: Sequence[Callable], seconds: float) -> list[list[float]]:
-    def clock(call: Callable, repeats: int) -> float:
-        start = time.perf_counter_ns()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter_ns() - start) / repeats / 1e6
-
-    estimates = []
-    for call in calls:
-        call()
-        estimates.append(min(clock(call, 1) for _ in range(3)))
-    repeats = [max(1, math.ceil(1.0 / max(e, 1e-4))) for e in estimates]  # a sample lasts a millisecond or more
-    turn_ms = sum(e * r for e, r in zip(estimates, repeats))
-    turns = int(min(max(seconds * 1e3 / turn_ms, 7), 200))
-    samples: list[list[float]] = [[] for _ in calls]
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for turn in range(turns):
-            for i in balanced_order(len(calls), turn):
-                samples[i].append(clock(calls[i], repeats[i]))
-    finally:
-        if collecting:
-            gc.enable()
-    return samples
-
-
-def host_us(call: Callable) -> float:
-    """Microseconds the host needs to queue the call on the GPU, with the queue empty before."""
-    times = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter_ns()
-        call()
-        times.append((time.perf_counter_ns() - start) / 1e3)
-    return sorted(times)[2]
-
-
-def _time_cuda(calls: Sequence[Callable], seconds: float) -> list[list[float]]:
-    buffer = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-
-    def event_pair() -> tuple:
-        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def clock(work: Callable, before: Callable = lambda: None) -> tuple:
-        before()
-        start, end = event_pair()
-        start.record()
-        work()
-        end.record()
-        return start, end
-
-    def ms(pair: tuple) -> float:
-        torch.cuda.synchronize()
-        return pair[0].elapsed_time(pair[1])
-
-    buffer.zero_()
-    flush_us = 1e3 * min(ms(clock(buffer.zero_)) for _ in range(3))
-    passes, estimates = [], []
-    for call in calls:
-        for _ in range(3):
-            call()
-        # The flush outlasts the host, or a slow host would be counted as a slow kernel.
-        passes.append(max(1, math.ceil(1.5 * host_us(call) / flush_us)))
-        estimates.append(min(ms(clock(call)) for _ in range(3)))
-    turn_ms = sum(e + p * flush_us / 1e3 for e, p in zip(estimates, passes))
-    turns = int(min(max(seconds * 1e3 / turn_ms, 7), 200))
-
-    def flush(times: int) -> None:
-        for _ in range(times):
-            buffer.zero_()
-
-    pairs: list[list[tuple]] = [[] for _ in calls]
-    for turn in range(turns):
-        for i in balanced_order(len(calls), turn):
-            pairs[i].append(clock(calls[i], partial(flush, passes[i])))
-        torch.cuda.synchronize()
-    return [[start.elapsed_time(end) for start, end in column] for column in pairs]
-
-
-def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """(first quartile, median, third quartile)."""
-    q = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
-    return tuple(q.tolist())
-
-
-def peak_mb(call: Callable) -> float:
-    """Device memory in MiB that the call needs at its peak, beyond what was there before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
 def measure(
-    bench: Bench, size: dict, dtype: torch.dtype, device: str, *, seconds: float, only: str | None = None
+    bench: Bench,
+    size: dict,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    seconds: float,
+    wanted: Callable[[str], bool] = lambda provider: True,
 ) -> list[Row]:
     """Every mode and provider at one size and dtype: the gate first, then the times.
 
     Args:
-        seconds: time to spend on each mode. only: measure this provider (and the plain one) alone.
+        seconds: time to spend on each mode.
+        wanted: names of the providers to measure; the plain one always is.
     """
     torch.manual_seed(0)
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = (
-        False  # a compiled backward then allows retain_graph, which timing it needs
-    )
+    # A compiled backward then allows retain_graph, which timing it alone needs.
+    torch._functorch.config.donated_buffer = False
     args = bench.make(dtype, device, **size)
     for i, a in enumerate(_flat(args)):
         if a.is_floating_point() and a.numel() > 1 and bool((a == a.flatten()[0]).all()):
@@ -381,7 +274,7 @@ def measure(
     cell = {"op": bench.op, "size": size, "dtype": str(dtype)[6:]}
     fns, reasons = {}, {}
     for p in bench.providers:
-        if only is not None and p.name not in (only, bench.plain):
+        if p.name != bench.plain and not wanted(p.name):
             continue
         if p.name == OURS + "triton" and device == "cpu":
             reasons[p.name] = "missing: no CUDA GPU; times of Triton's interpreter mean nothing"
@@ -392,7 +285,10 @@ def measure(
             reasons[p.name] = f"missing: {_first_line(error)}"
     gate_at = bench.gate_size(size)
     gate_args = args if gate_at == size else bench.make(dtype, device, **gate_at)
-    reasons |= gate(bench, fns, gate_args, with_grad=len(bench.modes) > 1)
+    try:
+        reasons |= gate(bench, fns, gate_args, with_grad=len(bench.modes) > 1)
+    except Exception as error:  # the reference or the yardstick itself: without them nobody can be judged
+        reasons |= dict.fromkeys(fns, f"no gate: {failure(error)}")
     del gate_args
     rows = [Row(**cell, mode="all", provider=name, reason=reason) for name, reason in reasons.items()]
     names = [name for name in fns if name not in reasons]
@@ -412,7 +308,7 @@ def _measure_mode(
         except Exception as error:  # passed the gate, yet fails here: for want of memory, most likely
             calls.pop(name, None)
             rows.append(Row(**cell, mode=mode, provider=name, reason=failure(error)))
-    samples = time_calls(list(calls.values()), device, seconds)
+    samples = time_calls(list(calls.values()), device, seconds) if calls else []
     parts = ("forward", "backward") if mode == "both" else (mode,)
     work = {key: sum(fn(part, *args) for part in parts) for key, fn in
             (("traffic", bench.traffic), ("flops", bench.flops)) if fn is not None}  # fmt: skip

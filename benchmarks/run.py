@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,14 +35,16 @@ def benches(stem: str) -> list[Bench]:
     return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
-def run_op(stem: str, suite: str, device: str, lines: Lines, provider: str | None = None) -> list[Row]:
+def run_op(
+    stem: str, suite: str, device: str, lines: Lines, wanted: Callable[[str], bool] = lambda provider: True
+) -> list[Row]:
     """Measures one op, writing lines as it goes and a progress line on stderr; returns the rows."""
     rows: list[Row] = []
     for bench in benches(stem):
         for size in bench.sizes_of(suite, device):
             for dtype in bench.dtypes[device]:
                 start = time.monotonic()
-                found = measure(bench, size, dtype, device, seconds=SECONDS[suite], only=provider)
+                found = measure(bench, size, dtype, device, seconds=SECONDS[suite], wanted=wanted)
                 lines.add(found)
                 rows += found
                 took = time.monotonic() - start
@@ -54,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", help="stem of an op (several allowed); default all")
     parser.add_argument("--suite", choices=sorted(SECONDS), default="quick", help="tiny is for rehearsals")
     parser.add_argument("--quick", dest="suite", action="store_const", const="quick", help="short for --suite quick")
-    parser.add_argument("--provider", help="measure this provider and the plain one alone")
+    parser.add_argument("--provider", action="append", help="measure only this one (several allowed) and the plain one")
+    parser.add_argument("--skip", action="append", default=[], help="leave this provider out (several allowed)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder; rows are appended to ops.jsonl there")
     parser.add_argument("--list", action="store_true", help="print the ops that have a benchmark, and stop")
@@ -65,8 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     header = machine(options.device)
     print("  ".join(f"{k}: {v}" for k, v in header.items() if k != "kind"))
     lines = Lines(options.out and options.out / "ops.jsonl", header)
+
+    def wanted(provider: str) -> bool:
+        return provider not in options.skip and (not options.provider or provider in options.provider)
+
     for stem in options.op or ops_with_benchmarks():
-        print(table(run_op(stem, options.suite, options.device, lines, options.provider)), "\n", flush=True)
+        print(table(run_op(stem, options.suite, options.device, lines, wanted)), "\n", flush=True)
     return 0
 
 

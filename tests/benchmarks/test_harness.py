@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import harness, run
+from benchmarks import clock, harness, run
 from benchmarks.harness import Bench, Provider, measure, plain
 from benchmarks.report import Lines, machine, table
 
@@ -91,14 +91,14 @@ def test_constant_data_is_refused():
 def test_order_is_balanced():
     places = {provider: [0] * 3 for provider in range(3)}
     for turn in range(6):
-        for place, provider in enumerate(harness.balanced_order(3, turn)):
+        for place, provider in enumerate(clock.balanced_order(3, turn)):
             places[provider][place] += 1
     assert all(counts == [2, 2, 2] for counts in places.values())
 
 
 def test_the_clock_tells_slow_from_fast():
-    slow, fast = harness.time_calls([lambda: time.sleep(4e-3), lambda: time.sleep(1e-3)], "cpu", 0.1)
-    assert harness.quartiles(slow)[1] > 2 * harness.quartiles(fast)[1]
+    slow, fast = clock.time_calls([lambda: time.sleep(4e-3), lambda: time.sleep(1e-3)], "cpu", 0.1)
+    assert clock.quartiles(slow)[1] > 2 * clock.quartiles(fast)[1]
 
 
 def test_suites():
@@ -112,6 +112,59 @@ def test_inputs_are_never_changed_for_the_next_provider():
     bench = Bench("rms_norm", _make, _right, [spoil, plain(_right)], BENCH.sizes)
     found = measure(bench, {"n": 8}, torch.float32, "cpu", seconds=0.01)
     assert {r.provider for r in found if r.ms is not None} >= {"torch"}
+
+
+def _step(params, grads, backend=None):
+    for p, g in zip(params, grads):
+        p.sub_(g)
+    return params
+
+
+def _make_lists(dtype, device, n):
+    return [torch.randn(n).to(dtype), torch.randn(3).to(dtype)], [torch.randn(n).to(dtype), torch.randn(3).to(dtype)]
+
+
+def test_lists_of_tensors_changed_in_place():
+    wrong = plain(lambda p, g: _step(p, [x * 1.1 for x in g]), "wrong")
+    bench = Bench("adamw", _make_lists, _step, [plain(_step), plain(_step, "again"), wrong], {}, modes=("forward",))
+    found = {r.provider: r for r in measure(bench, {"n": 8}, torch.float32, "cpu", seconds=0.01)}
+    assert found["torch"].ms and found["again"].ms and found["wrong"].reason.startswith("wrong: result 0")
+
+
+def test_without_a_reference_nobody_gets_a_time():
+    bench = Bench("rms_norm", _make, _crashes, BENCH.providers[:1], BENCH.sizes)
+    (row,) = measure(bench, {"n": 8}, torch.float32, "cpu", seconds=0.01)
+    assert row.ms is None and row.reason == "no gate: failed: RuntimeError: no kernel image"
+
+
+def test_the_gpu_clock_flushes_first_and_leaves_the_flush_out(monkeypatch):
+    """The arithmetic of the GPU clock, on a GPU played by the CPU: each call's events enclose the call alone."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    flushes = []
+
+    class Buffer:
+        def zero_(self):
+            flushes.append(time.sleep(2e-3))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *a, **k: Buffer())
+        one, five = clock.time_calls([lambda: time.sleep(1e-3), lambda: time.sleep(5e-3)], "cuda", 0.1)
+    assert len(one) == len(five) >= 7
+    # Medians, loosely: the machine is shared. The second call takes longer to queue, so it is flushed for longer.
+    assert 0.9 < clock.quartiles(one)[1] < 4 and 4.9 < clock.quartiles(five)[1] < 12
+    assert len(flushes) >= len(one) * (1 + 4)
 
 
 @pytest.mark.parametrize("stem", run.ops_with_benchmarks())
