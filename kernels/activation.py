@@ -48,7 +48,7 @@ def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return row, col, (row < M) & (col < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compile, whatever the batch
 def _activation_fwd_kernel(
     x_ptr, up_ptr, y_ptr, stride_xm, stride_um, M, N,
     KIND: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -61,7 +61,7 @@ def _activation_fwd_kernel(
     tl.store(y_ptr + row * N + col, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compile, whatever the batch
 def _activation_bwd_kernel(
     dy_ptr, x_ptr, up_ptr, dx_ptr, dup_ptr, stride_dym, stride_xm, stride_um, M, N,
     KIND: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

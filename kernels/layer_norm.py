@@ -15,7 +15,7 @@ import triton.language as tl
 from .common import num_sms, row_tile, rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compile, whatever the batch
 def _layer_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, residual_out_ptr, mean_ptr, rstd_ptr,
     stride_xm, stride_rm, M, N, eps,
@@ -47,7 +47,7 @@ def _layer_norm_fwd_kernel(
     tl.store(y_ptr + row64 * N + col[None, :], y.to(y_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compile, whatever the batch
 def _layer_norm_bwd_kernel(
     dy_ptr, dresidual_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     stride_dym, stride_drm, stride_xm, M, N,
