@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,11 +71,12 @@ class CpuDecoder:
             longest = max(cache.max_length for cache in caches)
             cos, sin = model.cos[:longest].to(dtype), model.sin[:longest].to(dtype)
             self.cos, self.sin = torch.stack((cos, cos), 1), torch.stack((-sin, sin), 1)  # [T, 2, Dh / 2]
-        self.layers = [self._layer(block) for block in model.blocks]
         self.norm = _Norm(model.norm, self.stream, self.normed)
         self.head = _Product(model.head_weight, None, self.normed, self.logits)
-        self.rows = [_Row(cache, self.q) for cache in caches]
-        self.threads = _Threads()
+        self.threads = _Threads(self.head)
+        with self.threads:
+            self.layers = [self._layer(block) for block in model.blocks]
+            self.rows = [_Row(cache, self.q) for cache in caches]
 
     def _layer(self, block: Block) -> tuple:
         up = block.mlp.gate_up if self.config.gated else block.mlp.up
@@ -131,7 +132,8 @@ class _Product:
         parts = _parts(N)
         self.weight = weight.detach().to(x.dtype).contiguous().view(parts, N // parts, K)
         self.bias = None if bias is None else bias.detach().to(x.dtype).view(parts, N // parts, 1)
-        self.x = x.view(1, K, 1).expand(parts, K, 1)
+        # A row seen as a column: with strides (1, 1) instead of (1, K), MKL takes a path that is ten times slower.
+        self.x = x.view(1, 1, K).transpose(1, 2).expand(parts, K, 1)
         self.y = y.view(parts, N // parts, 1)
 
     def __call__(self) -> None:
@@ -199,37 +201,52 @@ class _Row:
 
 
 class _Threads:
-    """Context manager of each step: one thread or all of them, whichever the last steps were faster with.
+    """Context manager around work of the decoder: with one thread or with all of torch's, whichever is faster at present.
 
     Two threads read weights up to twice as fast as one. But they meet at the end of every product, and where another process
-    keeps a core busy one waits there for the other's time slice: steps of 2 ms then take 100.
+    keeps a core busy one waits there for the other's time slice: a step of 3 ms then takes 500. So a single product is timed both
+    ways, now and then and as soon as a step with all threads takes much longer than those before.
     """
 
-    RETRY = 256  # steps between attempts at the slower choice
+    EVERY = 64  # steps between trials
 
-    def __init__(self) -> None:
-        self.before = torch.get_num_threads()
-        self.choices = (1, self.before) if self.before > 1 else (1,)
-        self.seconds = dict.fromkeys(self.choices, 0.0)
-        self.steps = 0
+    def __init__(self, probe: Callable[[], None]) -> None:
+        self.probe = probe
+        self.many = torch.get_num_threads()
+        self.now = self._faster()
+        self.steps, self.usual = 0, float("inf")
 
     def __enter__(self) -> None:
         self.before = torch.get_num_threads()
-        trial = self.steps < 4 or self.steps % self.RETRY == 0
-        best = min(self.choices, key=self.seconds.__getitem__)
-        self.now = self.choices[self.steps % len(self.choices)] if self.steps < 4 else best
-        if trial and self.steps >= 4:
-            self.now = max(self.choices, key=self.seconds.__getitem__)
-        self.fresh = trial
+        if self.steps == self.EVERY:
+            self.now = self._faster()
+            self.steps, self.usual = 0, float("inf")
         torch.set_num_threads(self.now)
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
         took = time.perf_counter() - self.start
         torch.set_num_threads(self.before)
-        known = self.seconds[self.now]
-        self.seconds[self.now] = took if self.fresh else 0.7 * known + 0.3 * took
         self.steps += 1
+        if self.now > 1 and took > 3 * self.usual:
+            self.now = 1
+        self.usual = min(self.usual, took)
+
+    def _faster(self) -> int:
+        if self.many == 1:
+            return 1
+        one = min(self._time(1) for _ in range(3))
+        # The slowest counts: that is what a busy core does to threads now and then.
+        return self.many if max(self._time(self.many) for _ in range(4)) < one else 1
+
+    def _time(self, threads: int) -> float:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        self.probe()
+        took = time.perf_counter() - start
+        torch.set_num_threads(before)
+        return took
 
 
 def _parts(n: int) -> int:

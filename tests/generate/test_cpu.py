@@ -4,8 +4,8 @@ import itertools
 import pytest
 import torch
 
-from fastlm.generate import CpuDecoder, generate
-from fastlm.generate.cpu import reason_against
+from fastlm.generate import CpuDecoder, cpu, generate
+from fastlm.generate.cpu import _Threads, reason_against
 from fastlm.models import Transformer, TransformerConfig
 
 pytestmark = pytest.mark.skipif(
@@ -77,28 +77,54 @@ def test_error_is_at_most_twice_the_models_own(dtype):
     assert error <= 2 * allowed
 
 
-def test_threads_change_neither_bits_nor_torchs_setting():
-    model, before = make_model(d_model=96, d_ff=256), torch.get_num_threads()
+@pytest.fixture
+def keep_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_change_neither_bits_nor_torchs_setting(keep_threads):
+    model = make_model(d_model=96, d_ff=256)
     results = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            torch.manual_seed(0)
-            tokens = torch.randint(97, (1, 20))
-            cache = model.make_cache(1, 40)
-            with torch.no_grad():
-                model.hidden(tokens, cache=cache)
-                decoder = CpuDecoder(model, [cache])
-                decoder.threads.choices = (threads,)
-                decoder.threads.seconds = {threads: 0.0}
-                results.append(torch.cat([decoder.step([token], [0]) for token in range(20)]))
-            assert torch.get_num_threads() == threads
-            with pytest.raises(IndexError):
-                decoder.step([10**6], [0])
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2):
+        torch.set_num_threads(2)
+        cache = model.make_cache(1, 40)
+        with torch.no_grad():
+            model.hidden(torch.arange(20)[None], cache=cache)
+            decoder = CpuDecoder(model, [cache])
+            decoder.threads.now = threads
+            results.append(torch.cat([decoder.step([token], [0]) for token in range(20)]))
+        with pytest.raises(IndexError):
+            decoder.step([10**6], [0])
+        assert torch.get_num_threads() == 2
     assert torch.equal(*results)
+
+
+def test_number_of_threads_follows_what_is_measured(keep_threads, monkeypatch):
+    torch.set_num_threads(2)
+    clock = [0.0]
+    monkeypatch.setattr(cpu.time, "perf_counter", lambda: clock[0])
+    seconds = {1: 2.0, 2: 1.0}
+
+    def probe():
+        clock[0] += seconds[torch.get_num_threads()]
+
+    def step():
+        with threads:
+            assert torch.get_num_threads() == threads.now
+            probe()
+        return threads.now
+
+    threads = _Threads(probe)
+    assert step() == 2 and torch.get_num_threads() == 2
+    seconds[2] = 50.0  # a core is busy now
+    step()
+    assert step() == 1
+    seconds[2] = 1.0
+    assert [step() for _ in range(threads.EVERY + 1)][-1] == 2
+    seconds[2] = 3.0
+    assert _Threads(probe).now == 1
 
 
 def test_changed_weights_are_never_stale():
@@ -125,6 +151,17 @@ def test_rows_come_out_bit_for_bit_as_alone():
         for token in range(10):
             assert torch.equal(pair.step([token, 2 * token], [0, 1])[1], alone.step([2 * token], [0])[0])
         assert pair.step([1, 1], [1])[0].abs().sum() == 0
+
+
+def test_autocast_leaves_it_alone():
+    model, prompt = make_model(), torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        caches = [model.make_cache(1, 9) for _ in range(2)]
+        for cache in caches:
+            model.hidden(prompt, cache=cache)
+        plain = CpuDecoder(model, caches[:1]).step([7], [0])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(CpuDecoder(model, caches[1:]).step([7], [0]), plain)
 
 
 def test_a_changed_model_takes_the_other_path():
