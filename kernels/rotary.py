@@ -94,7 +94,9 @@ def _rotate(q, k, cos, sin, positions, interleaved, inverse):
     block_half = max(8, triton.next_power_of_2(half))
     block_rest = triton.next_power_of_2(max(width - 2 * half, 1))
     widest = max(2 * block_half, block_rest)
-    block_t = max(1, min(64, 2048 // widest, triton.next_power_of_2(B * S)))
+    block_t = max(1, min(64, 2048 // widest))
+    if block_t > 8 * B * S:  # a few tokens, as in decoding; no size between, which would be one more compile
+        block_t = 1
     position_strides = (0, 0) if positions is None else (0, *positions.stride())[-2:]
     _rotary_kernel[(triton.cdiv(B * S, block_t), triton.cdiv(H + k.shape[2], _GROUP))](
         q, k, q_out, k_out, cos, sin, cos if positions is None else positions,

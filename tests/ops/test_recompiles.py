@@ -1,0 +1,63 @@
+"""Batches and sequences of many lengths share one compiled kernel: a compile costs seconds, in the middle of a training."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# In a process of its own: Triton must not be interpreting. Nothing runs; launches are turned into compiles for sm_90.
+SCRIPT = """
+import json, torch
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+from benchmarks import aot
+from fastlm.kernels import activation, layer_norm, rotary
+
+aot._keep_ptxas_log()
+plain_run, compiled = JITFunction.run, {}
+
+def run(self, *args, grid, warmup, **kwargs):
+    kernel = plain_run(self, *args, grid=grid, warmup=True, **kwargs)
+    compiled.setdefault(self.fn.__name__, set()).add(kernel.hash)
+    return kernel
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+JITFunction.run = run
+driver.set_active(aot._Driver(90))
+table = meta(4096, 32, dtype=torch.float32)
+for length in range(1, 65):
+    q, k, _ = meta(3, length, 8, 64).split((4, 2, 2), 2)
+    rotary.rotary_fwd(q, k, table, table, meta(3, length, dtype=torch.int64), False)
+    x, w = meta(3, length, 256), meta(256)
+    _, _, mean, rstd = layer_norm.layer_norm_fwd(x, w, w, None, 1e-5)
+    layer_norm.layer_norm_bwd(x, None, x, w, w, mean, rstd, True, True, 1e-5)
+    activation.glu_bwd(x, *meta(3, length, 512).chunk(2, -1), "silu")
+print(json.dumps({name: len(hashes) for name, hashes in compiled.items()}))
+"""
+
+
+def test_64_lengths_compile_once():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts == {
+        "_rotary_kernel": 2,  # one for a few tokens, one for many
+        "_layer_norm_fwd_kernel": 1,
+        "_layer_norm_bwd_kernel": 1,
+        "_activation_bwd_kernel": 1,
+    }
