@@ -53,12 +53,9 @@ def test_dtensors(results, op):
     assert _failures(results, op) == ""
 
 
-def test_calls_are_not_mixed_up(results):
-    assert _failures(results, "options") == ""
-
-
-def test_fsdp2(results):
-    assert _failures(results, "fsdp2") == ""
+@pytest.mark.parametrize("check", ["options", "inference mode", "fsdp2"])
+def test_the_rest(results, check):
+    assert _failures(results, check) == ""
 
 
 def test_every_op_with_a_gradient_is_here(results):

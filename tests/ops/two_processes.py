@@ -108,6 +108,14 @@ def check_options_are_not_mixed_up(mesh) -> None:
             torch.testing.assert_close(ops.rms_norm(dx, dw, eps).full_tensor(), ops.rms_norm(x, w, eps))
 
 
+def check_inference_mode(mesh) -> None:
+    """The rules are there too when the first call ever is made in inference mode, where no autograd kernel runs."""
+    x, w = torch.randn(B, S, N), torch.randn(N)
+    dx, dw = distribute_tensor(x, mesh, [Shard(0)]), distribute_tensor(w, mesh, [Replicate()])
+    with torch.inference_mode():
+        torch.testing.assert_close(ops.rms_norm(dx, dw).full_tensor(), ops.rms_norm(x, w))
+
+
 class _Block(torch.nn.Module):
     """Every op of a transformer block once."""
 
@@ -171,7 +179,7 @@ def check_fsdp(mesh) -> None:
 
 def checks(mesh) -> dict:
     """name -> check without arguments."""
-    found = {}
+    found = {"inference mode first": lambda: check_inference_mode(mesh)}
     for name in _cases():
         for split, label in ((0, "batch"), (1, "second dimension"), (None, "whole")):
             if " " in name and split != 0 and "none" not in name:
