@@ -71,6 +71,13 @@ def _torch(q, k, v, key_lengths, corner, scale, return_lse):
     return torch.cat([_sdpa(q, k[:, :T], v[:, :T], corner, scale) for q, k, v, T in rows])
 
 
+def _decided(condition):
+    """A plain bool for SDPA's flags: torch.compile passes its symbols through bool(), but guards on a branch."""
+    if condition:  # noqa: SIM103
+        return True
+    return False
+
+
 def _sdpa(q, k, v, corner, scale):
     """F.scaled_dot_product_attention on transposed views; every key of k is visible to someone or cut off here."""
     S, T = q.shape[1], k.shape[1]
@@ -82,11 +89,11 @@ def _sdpa(q, k, v, corner, scale):
     if corner == _TOP_LEFT and S < T:  # the last keys are seen by nobody
         k, v, T = k[:, :S], v[:, :S], S
     # torch's is_causal means top-left; on a square the two corners are one.
-    square = corner != _NO_CORNER and S == T
+    square = corner != _NO_CORNER and _decided(S == T)
     mask = None if square else _seen(S, T, None, corner, q.device)
     return F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask, is_causal=square, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+        attn_mask=mask, is_causal=square, scale=scale, enable_gqa=_decided(q.shape[2] != k.shape[2]),
     ).transpose(1, 2)  # fmt: skip
 
 
@@ -113,7 +120,7 @@ def _sdpa_masked(q, k, v, key_lengths, corner, scale):
     k, v = _without_unseen_keys(k, key_lengths), _without_unseen_keys(v, key_lengths)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=(seen | dead)[:, None], scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+        attn_mask=(seen | dead)[:, None], scale=scale, enable_gqa=_decided(q.shape[2] != k.shape[2]),
     )  # fmt: skip
     return out.transpose(1, 2).masked_fill(dead[:, :, :, None], 0)
 

@@ -1,0 +1,196 @@
+import pytest
+import torch
+
+from fastlm import ops
+from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, planted_bug, poison_empty
+
+BACKENDS = ("torch", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _args(dtype, device, B=1, S=17, T=23, H=2, H_kv=1, D=16, DV=16):
+    shapes = ((B, S, H, D), (B, T, H_kv, D), (B, T, H_kv, DV))
+    return tuple(torch.randn(shape, dtype=torch.float64).to(dtype).to(device) for shape in shapes)
+
+
+def _in_own_dtype(causal):
+    """What a user writes: products in the inputs' dtype, the softmax in fp32, its result rounded before the second product."""
+
+    def plain(q, k, v):
+        group, S, T = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+        q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        if causal:
+            seen = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S if causal is True else 0)
+            scores = scores.masked_fill(~seen, float("-inf"))
+        probs = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        out = (probs @ v).transpose(1, 2)
+        return out, torch.logsumexp(scores.to(torch.promote_types(q.dtype, torch.float32)), -1)
+
+    return plain
+
+
+def _case(causal, lse=False, empty=True, **sizes):
+    tiny = {"S": 3, "T": 4, "D": 2, "DV": 2}
+
+    def fn(q, k, v, backend):
+        return ops.attention(q, k, v, causal=causal, return_lse=lse, backend=backend)
+
+    plain = _in_own_dtype(causal)
+    return Case(
+        "attention",
+        fn,
+        lambda dtype, device: _args(dtype, device, **sizes),
+        lambda dtype, device: _args(dtype, device, **tiny),
+        plain=plain if lse else lambda *a: plain(*a)[0],
+        autocast="cast",
+        empty=(lambda dtype, device: _args(dtype, device, S=0, T=0)) if empty else None,
+    )
+
+
+FULL, CAUSAL, LSE = _case(False), _case(True), _case(True, lse=True)
+GROUPED_LSE = _case(True, lse=True, H=4, H_kv=2)
+CASES = pytest.mark.parametrize("case", [FULL, CAUSAL, LSE], ids=["full", "causal", "lse"])
+
+
+@CASES
+def test_reference(case):
+    check_reference(case)
+
+
+@CASES
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_contract(case, backend, device):
+    if backend == "torch" and case is LSE:
+        with pytest.raises(ValueError, match="no differentiable log-sum-exp"):
+            case.fn(*case.make(torch.float32, device), backend="torch")
+        return
+    check_op(case, backend, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@CASES
+def test_accuracy(case, dtype, device):
+    check_accuracy(case, "triton", dtype, device)
+    if case is not LSE:
+        check_accuracy(case, "torch", dtype, device)
+
+
+@pytest.mark.parametrize("causal", [False, True, "top_left"])
+@pytest.mark.parametrize("S, T, D, DV", [(20, 33, 8, 40), (33, 20, 40, 8), (18, 18, 80, 96), (1, 33, 72, 16)])
+def test_shapes(causal, S, T, D, DV, device):
+    sizes = {"S": S, "T": T, "D": D, "DV": DV}
+    if (S, causal) == (1, "top_left"):
+        return  # one visible key: gradients are exactly 0, which no rounding error can be compared with
+    args = _args(torch.float32, device, **sizes)
+    for backend in BACKENDS:
+        check_accuracy(_case_by_reference(causal), backend, torch.float32, device, args)
+
+
+def _case_by_reference(causal, **options):
+    """A case whose yardstick is the reference in the same dtype, for rows that see nothing and for key lengths."""
+    fn = lambda q, k, v, backend: ops.attention(q, k, v, causal=causal, backend=backend, **options)  # noqa: E731
+    return Case("attention", fn, _args, _args, autocast="cast")
+
+
+@pytest.mark.parametrize("causal", [False, True, "top_left"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_key_lengths(causal, backend, device):
+    lengths = torch.tensor([0, 7, 23], device=device)
+    case = _case_by_reference(causal, key_lengths=lengths)
+    check_accuracy(case, backend, torch.float32, device, _args(torch.float32, device, B=3, S=5))
+
+
+@pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+def test_what_lies_past_the_key_lengths_is_never_seen(backend, device):
+    q, k, v = _args(torch.float32, device, B=2, S=1)
+    lengths = torch.tensor([3, 20], device=device)
+    want = ops.attention(q, k, v, key_lengths=lengths, backend="reference")
+    for b, length in enumerate(lengths.tolist()):
+        k[b, length:], v[b, length:] = float("nan"), float("inf")
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    got = ops.attention(q, k, v, key_lengths=lengths, backend=backend)
+    torch.testing.assert_close(got, want)
+    for grad in torch.autograd.grad(got.sum(), (q, k, v)):
+        assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+def test_rows_that_see_nothing(backend, device):
+    """More queries than keys, aligned at the end: the first queries see no key."""
+    q, k, v = (x.requires_grad_() for x in _args(torch.float32, device, S=9, T=4))
+    with_lse = backend != "torch"
+    out = ops.attention(q, k, v, causal=True, return_lse=with_lse, backend=backend)
+    if with_lse:
+        out, lse = out
+        assert torch.equal(lse[:, :, :5], torch.full_like(lse[:, :, :5], float("-inf")))
+    assert torch.equal(out[:, :5], torch.zeros_like(out[:, :5]))
+    dq, dk, dv = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert torch.equal(dq[:, :5], torch.zeros_like(dq[:, :5]))
+    assert all(torch.isfinite(g).all() for g in (dq, dk, dv))
+
+
+def test_causal_true_is_bottom_right(device):
+    q, k, v = _args(torch.float32, device)
+    args = (q, k, v)
+    for backend in BACKENDS:
+        a = ops.attention(*args, causal=True, backend=backend)
+        assert torch.equal(a, ops.attention(*args, causal="bottom_right", backend=backend))
+        # The last query sees every key, the first of top_left only the first one.
+        torch.testing.assert_close(a[:, -1], ops.attention(*args, backend=backend)[:, -1])
+        top = ops.attention(*args, causal="top_left", backend=backend)
+        torch.testing.assert_close(top[:, 0], v[:, 0].expand(-1, 2, -1))
+
+
+BUGS = {
+    "forward: no scale": ("attention", "section, scale * LOG2E", "section, LOG2E"),
+    "forward: sum not shrunk": ("attention", "total * shrink + tl.sum(probs, 1)", "total + tl.sum(probs, 1)"),
+    "forward: mask forgotten": ("attention", "if MASKED:\n            scores", "if D < 0:\n            scores"),
+    "forward: another head's keys": ("attention", "h_kv = h // GROUP", "h_kv = h % (H // GROUP)"),
+    "forward: last query unwritten": ("attention", "lse, mask=m < S - first)", "lse, mask=m < S - first - 1)"),
+    "dk: no scale": ("attention_bwd", "tl.where(seen, dk * scale, 0.0)", "tl.where(seen, dk, 0.0)"),
+    "dq: no scale": ("attention_bwd", "(dq * scale)", "(dq)"),
+    "delta dropped": ("attention_bwd", "(dprobs - delta[:, None])", "dprobs"),
+    "dk dv: first head of the group only": (
+        "attention_bwd",
+        "GROUP * tl.cdiv(hi - lo, BLOCK_M)",
+        "tl.cdiv(hi - lo, BLOCK_M)",
+    ),
+    "dq: mask off by one": ("attention_bwd", "visible(query[:, None], key", "visible(query[:, None] - 1, key"),
+    "dk dv: mask off by one": ("attention_bwd", "first_query - start", "first_query - start + 1"),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_seen(name, device):
+    file, old, new = BUGS[name]
+    with planted_bug("attention", old, new, file=file), poison_empty(), pytest.raises(AssertionError):
+        check_accuracy(GROUPED_LSE, "triton", torch.float32, device)
+
+
+def test_write_outside_a_tensor_is_seen(device):
+    # Only under guard bands: without them this bug corrupts the process.
+    bug = planted_bug("attention", "lse, mask=m < S - first)", "lse, mask=m < S - first + 3)")
+    with bug, pytest.raises(AssertionError, match="wrote outside"):
+        check_guards(LSE, "triton", device)
+
+
+def test_errors():
+    q, k, v = _args(torch.float32, "cpu")
+    cases = {
+        "must be 'auto' or one of": (lambda: ops.attention(q, k, v, backend="flash"), ValueError),
+        "causal must be": (lambda: ops.attention(q, k, v, causal="left"), ValueError),
+        "multiple of": (
+            lambda: ops.attention(q[:, :, :1], k.expand(-1, -1, 2, -1), v.expand(-1, -1, 2, -1)),
+            ValueError,
+        ),
+        "k must be": (lambda: ops.attention(q, k[..., :8], v), ValueError),
+        "v must be": (lambda: ops.attention(q, k, v[:, :5]), ValueError),
+        "one dtype": (lambda: ops.attention(q, k.double(), v), TypeError),
+        "floating point": (lambda: ops.attention(q.long(), k, v), TypeError),
+        r"must lie in \[0, 23\]": (lambda: ops.attention(q, k, v, key_lengths=torch.tensor([24])), ValueError),
+        "int32 or int64": (lambda: ops.attention(q, k, v, key_lengths=torch.tensor([2.0])), TypeError),
+    }
+    for match, (call, error) in cases.items():
+        with pytest.raises(error, match=match):
+            call()
