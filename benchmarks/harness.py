@@ -184,9 +184,12 @@ def _evaluate(fn: Callable, args: tuple, with_grad: bool) -> list[Tensor]:
 
 
 def _cotangents(outs: Sequence[Tensor]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    # Drawn in fp32 on the CPU so that every dtype and device gets the same ones.
-    return [torch.randn(o.shape, generator=generator).to(o.dtype).to(o.device) for o in outs]
+    """Random, and the same for every provider and dtype on a device: drawn in fp32, then cast."""
+    found = []
+    for o in outs:
+        generator = torch.Generator(o.device).manual_seed(1)
+        found.append(torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype))
+    return found
 
 
 def gate(bench: Bench, fns: dict[str, Callable], args: tuple, with_grad: bool) -> dict[str, str]:

@@ -76,7 +76,7 @@ def assert_accurate(actual: Tensor, exact: Tensor, plain: Tensor, what: str = "o
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     if actual.numel() == 0:
         return
-    a, e, p = (t.detach().cpu().double() for t in (actual, exact, plain))
+    a, e, p = (t.detach().to(actual.device, torch.float64) for t in (actual, exact, plain))
     finite = torch.isfinite(e)
     assert torch.equal(torch.isfinite(a), finite), f"{what}: NaN or inf where the reference is finite (or the reverse)"
     assert torch.equal(a[~finite].nan_to_num(nan=7.0), e[~finite].nan_to_num(nan=7.0)), f"{what}: inf patterns differ"

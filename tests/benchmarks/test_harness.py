@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import clock, harness, run
 from benchmarks.harness import Bench, Provider, measure, plain
-from benchmarks.report import Lines, machine, table
+from benchmarks.report import Lines, machine, short_table, table
 
 
 def _make(dtype, device, n):
@@ -183,3 +183,28 @@ def test_every_benchmark_file_runs(stem, monkeypatch):
 def test_an_unknown_op_is_one_line():
     with pytest.raises(SystemExit, match="no op 'nope'; there is .*rms_norm"):
         run.main(["--op", "nope"])
+
+
+def test_the_command_prints_a_table_and_appends_lines(tmp_path, capsys):
+    arguments = [
+        "--op",
+        "rms_norm",
+        "--suite",
+        "tiny",
+        "--skip",
+        "torch.compile",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
+    for _ in range(2):
+        assert run.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "rms_norm M=8 N=48 float32 forward" in text and "fastlm:torch" in text and "torch.compile " not in text
+    entries = [json.loads(line) for line in (tmp_path / "ops.jsonl").read_text().splitlines()]
+    assert [e["kind"] for e in entries].count("machine") == 2
+    assert {e["provider"] for e in entries if e["kind"] == "time"} == {"torch", "fastlm:torch"}
+    short = short_table(tmp_path / "ops.jsonl")
+    assert "rms_norm M=8 N=48 residual=True" in short and "backward" in short and " both " not in short
+    assert run.main(["--list"]) == 0 and "rms_norm" in capsys.readouterr().out.split()
