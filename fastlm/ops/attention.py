@@ -187,6 +187,40 @@ def _backward_reference(dout, dlse, q, k, v, o, lse, key_lengths, corner, scale,
     return tuple(grad_of(forward, (q, k, v), (dout, dlse)))
 
 
+def _rules(k, key_lengths, make):
+    """DTensor rules: a split of the batch, or of the heads where whole groups fall to each part.
+
+    make(place of q, k, v and o, place of lse, place of key_lengths) -> one rule.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    def rule(tensor, lse, lengths):
+        return make(tensor, lse, None if key_lengths is None else lengths)
+
+    rules = [rule(Replicate(), Replicate(), Replicate()), rule(Shard(0), Shard(0), Shard(0))]
+    if k.shape[2] % k.mesh.size() == 0:
+        rules.append(rule(Shard(2), Shard(1), Replicate()))
+    return rules
+
+
+def _shard_forward(q, k, v, key_lengths, corner, scale, backend):
+    def make(tensor, lse, lengths):
+        return [tensor, lse], [tensor, tensor, tensor, lengths, None, None, None]
+
+    return _rules(k, key_lengths, make)
+
+
+def _shard_backward(dout, dlse, q, k, v, o, lse, key_lengths, corner, scale, backend):
+    def make(tensor, lse_place, lengths):
+        dlse_place = None if dlse is None else lse_place
+        return [tensor] * 3, [tensor, dlse_place, *[tensor] * 4, lse_place, lengths, None, None, None]
+
+    return _rules(k, key_lengths, make)
+
+
+OP.sharding(_shard_forward, _shard_backward)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
