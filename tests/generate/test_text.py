@@ -91,6 +91,7 @@ def test_a_stop_string_that_begins_inside_a_token():
     stream, _ = run(Words(), [0, 1, 2, 3], stop_strings=["top si"])
     assert stream.text == "a s"
     assert stream.tokens_before_stop() == 2
+    assert run(Words(), [0, 1, 2], stop_strings=["p", "to", "op"])[0].text == "a s"
 
 
 def test_bad_stop_strings():
