@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops import attention_cpu
 from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of, host_values
 
 MAX_WIDTH = 256
@@ -90,6 +91,8 @@ def _sdpa(q, k, v, corner, scale):
         k, v, T = k[:, :S], v[:, :S], S
     # torch's is_causal means top-left; on a square the two corners are one.
     square = corner != _NO_CORNER and _decided(S == T)
+    if square and attention_cpu.serves(q, k, v):
+        return attention_cpu.causal(q, k, v, scale)
     mask = None if square else _seen(S, T, None, corner, q.device)
     return F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
