@@ -64,6 +64,12 @@ MEAN, NONE = _case("mean"), _case("none", **ALL)
 CASES = pytest.mark.parametrize("case", [MEAN, NONE, _case("sum", z_loss=0.02)], ids=["mean", "none_all", "sum_z"])
 
 
+@pytest.fixture(autouse=True)
+def chunked(monkeypatch):
+    """Chunks for these small shapes too, which the CPU would leave to torch's own calls."""
+    monkeypatch.setattr(sys.modules["fastlm.ops.linear_cross_entropy"], "_SMALL", 0)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Three rows per chunk, for 300 fp32 logits."""
@@ -190,6 +196,22 @@ def test_weight_in_another_dtype(backend, device):
         assert (loss.dtype, dh.dtype, dw.dtype) == (torch.float32, h.dtype, w.dtype)
         plain = F.cross_entropy(F.linear(h, w.to(h.dtype)).flatten(0, 1).float(), target.flatten())
         torch.testing.assert_close(loss, plain, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_problems_are_left_to_torch(dtype, monkeypatch):
+    monkeypatch.setattr(sys.modules["fastlm.ops.linear_cross_entropy"], "_SMALL", 8 * 300)
+    monkeypatch.setattr(OP, "forward", None)
+    for reduction in ("mean", "sum", "none"):
+        case = _case(reduction, label_smoothing=0.1)
+        check_accuracy(case, "torch", dtype, "cpu")
+        args = _args(dtype, "cpu")
+        assert case.fn(*args, backend="auto").dtype == torch.float32
+        assert (case.fn(*args[:3], torch.full_like(args[3], -100), backend="auto") == 0).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert MEAN.fn(*_args(torch.float32, "cpu"), backend="auto").dtype == torch.float32
+    with pytest.raises(TypeError, match="not callable"):
+        NONE.fn(*_args(dtype, "cpu"), backend="auto")
 
 
 def _forward_outputs(monkeypatch, fn):
