@@ -68,6 +68,27 @@ def test_tokens_fall_with_their_probabilities(options):
     assert chi2 < 20.5  # 99.9% quantile of chi-squared with 5 degrees of freedom
 
 
+@pytest.mark.parametrize("spread, top_p", [(3.0, 0.6), (0.1, 0.6), (3.0, 0.9999)])
+def test_few_candidates_of_a_large_vocabulary(spread, top_p):
+    """The short cut (wide spread: a few tokens hold 60%) and what it leaves alone draw the same tokens as the plain form."""
+    logits, config = spread * torch.randn(4, 5000), SamplingConfig(top_p=top_p, min_p=0.001)
+    allowed = filter_logits(logits, config) > -torch.inf
+    seen = torch.zeros_like(allowed)
+    for seed in range(300):
+        drawn = sample(logits, config, make_generator(seed, "cpu"))
+        seen[torch.arange(4), drawn] = True
+    assert not (seen & ~allowed).any()
+    likely = logits.softmax(-1) > 0.03
+    assert (seen | ~likely | ~allowed).all()
+
+
+def test_top_k_of_sample_is_that_of_the_filter():
+    logits, config = torch.randn(1, 50), SamplingConfig(top_k=3, top_p=0.9)
+    allowed = (filter_logits(logits, config) > -torch.inf)[0].nonzero().flatten()
+    drawn = sample(logits.expand(500, -1), config, make_generator(0, "cpu"))
+    assert set(drawn.tolist()) == set(allowed.tolist())
+
+
 def test_greedy_and_seeds():
     logits = torch.tensor([[0.0, 2.0, 2.0], [5.0, 1.0, 0.0]])
     assert sample(logits, SamplingConfig(temperature=0)).tolist() == [1, 0]

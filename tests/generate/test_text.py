@@ -98,3 +98,16 @@ def test_bad_stop_strings():
     for bad in ([""], [3]):
         with pytest.raises(UserError, match="stop_strings"):
             TextStream(Bytes(), stop_strings=bad)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram", "char"])
+def test_trained_tokenizers(kind):
+    from fastlm.data import train_tokenizer
+
+    text = "the cat – naïve, 中文 😀 – sat on the mat. " * 20
+    tokenizer = train_tokenizer(kind, [text], 300)
+    ids = list(tokenizer.encode(text[:60]))
+    assert run(tokenizer, ids)[0].text == tokenizer.decode(ids)
+    split = len(ids) // 2
+    rest = run(tokenizer, ids[split:], prompt=ids[:split])[0].text
+    assert tokenizer.decode(ids[:split]) + rest == tokenizer.decode(ids)
