@@ -1,15 +1,18 @@
 """Evaluation against models whose scores can be computed by hand."""
 
 import gzip
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastlm.data import DataConfig, prepare
 from fastlm.errors import UserError
-from fastlm.evaluate import evaluate, gzip_bits_per_byte
+from fastlm.evaluate import evaluate, gzip_bits_per_byte, perplexity
 from fastlm.evaluate.perplexity import _half_width
+from fastlm.models import Transformer, TransformerConfig
 
 VOCABULARY = 7
 
@@ -84,14 +87,25 @@ def test_first_token_without_end_of_text_is_neither_scored_nor_weighed():
     assert result.tokens == 3 and result.bytes == 3
 
 
-def test_confidence_interval_covers_the_truth_about_95_percent_of_the_time():
+@pytest.mark.parametrize("alike, windows", [(1, 60), (10, 800), (1, 4)])
+def test_confidence_interval_covers_the_truth_about_95_percent_of_the_time(alike, windows):
+    """Also where stretches of `alike` windows are equally hard, which windows taken for independent would not notice."""
     generator = torch.Generator().manual_seed(0)
+    counts = torch.full((windows,), 32.0, dtype=torch.float64)
     covered = 0
     for _ in range(400):
-        counts = torch.full((60,), 32.0, dtype=torch.float64)
-        nats = torch.randn(60, 32, generator=generator, dtype=torch.float64).sum(1) + 2.0 * counts
+        hardness = torch.randn(-(-windows // alike), generator=generator, dtype=torch.float64).repeat_interleave(alike)
+        nats = (2.0 + 0.5 * hardness[:windows]) * counts + torch.randn(
+            windows, generator=generator, dtype=torch.float64
+        )
         covered += abs((nats.sum() / counts.sum()).item() - 2.0) <= _half_width(nats, counts)
     assert 0.91 <= covered / 400 <= 0.98
+
+
+def test_one_window_has_no_interval():
+    result = evaluate(Successor(0.5), Tokens(), text="abc", context=8)
+    assert result.loss_low is None and "interval" not in str(result)
+    assert json.loads(result.to_json())["loss_high"] is None
 
 
 def test_files_and_gzip(tmp_path):
@@ -115,7 +129,57 @@ def test_mistakes(tmp_path):
         "is not UTF-8 text": {"files": [binary]},
         "cannot be read": {"files": [tmp_path / "gone"]},
         "8 positions": {"text": "abc", "context": 9},
+        "exactly one": {"text": "abc", "data": "folder"},
         "stride 5": {"text": "abc", "context": 4, "stride": 5},
     }.items():
         with pytest.raises(UserError, match=match):
             evaluate(model, tokenizer, **settings)
+    with pytest.raises(UserError, match="tokenizer"):
+        evaluate(model, text="abc")
+    with pytest.raises(UserError, match="cannot be read"):
+        gzip_bits_per_byte([tmp_path / "gone"])
+    with pytest.raises(UserError, match="empty"):
+        gzip_bits_per_byte([empty])
+
+
+@pytest.fixture
+def transformer():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_positions": 64, "init_std": 0.3}
+    return Transformer(TransformerConfig(vocab_size=VOCABULARY, **sizes)).train()
+
+
+def test_agrees_with_the_models_own_loss_and_logits(transformer, monkeypatch):
+    monkeypatch.setattr(perplexity, "_LOGITS", 5 * VOCABULARY)  # five rows of logits at a time
+    ids = torch.tensor([[0, *Tokens().encode("abcdeffedcbabcdaddd"), 0]])
+    result = evaluate(transformer, Tokens(), text="abcdeffedcbabcdaddd", context=32)
+    assert transformer.training
+    assert result.loss == pytest.approx(transformer.loss(ids[:, :-1], ids[:, 1:]).item(), rel=1e-5)
+    hits = transformer(ids[:, :-1]).argmax(-1) == ids[:, 1:]
+    assert result.top1_accuracy == pytest.approx(hits.double().mean().item())
+
+
+def test_stride_gives_left_context(transformer):
+    """Each target sees at least context - stride tokens before it, as far as there are any."""
+    ids = torch.tensor([0, *Tokens().encode("abcdefabdcebfdaceb"), 0])
+    result = evaluate(transformer, Tokens(), text="abcdefabdcebfdaceb", context=6, stride=2)
+    nats = 0.0
+    for start in range(1, len(ids), 2):
+        stop = min(start + 2, len(ids))
+        seen = ids[max(0, stop - 7) : stop]
+        logits = transformer(seen[None, :-1])[0, start - stop :]
+        nats += torch.nn.functional.cross_entropy(logits, ids[start:stop], reduction="sum").item()
+    assert result.loss == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+
+
+def test_prepared_data(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abcdef" * 50)
+    settings = {"sources": [str(text)], "output": str(tmp_path / "data"), "tokenizer": "char", "split": "tail"}
+    report = prepare(DataConfig(**settings, validation_fraction=0.2))
+    model = Successor(0.5)
+    result = evaluate(model, data=tmp_path / "data", context=8)
+    split = report.splits["validation"]
+    assert result.tokens == split["tokens"] - 1 and result.bytes == split["bytes"] == 60
+    with pytest.raises(UserError, match="split"):
+        evaluate(model, data=tmp_path / "data", split="test")
