@@ -92,12 +92,16 @@ def _sdpa(q, k, v, corner, scale):
     # torch's is_causal means top-left; on a square the two corners are one.
     square = corner != _NO_CORNER and _decided(S == T)
     if square and attention_cpu.serves(q, k, v):
-        return attention_cpu.causal(q, k, v, scale)
+        return attention_cpu.causal(q, k, v, scale, _causal_reference)
     mask = None if square else _seen(S, T, None, corner, q.device)
     return F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
         attn_mask=mask, is_causal=square, scale=scale, enable_gqa=_decided(q.shape[2] != k.shape[2]),
     ).transpose(1, 2)  # fmt: skip
+
+
+def _causal_reference(q, k, v, scale):
+    return _reference(q, k, v, None, _BOTTOM_RIGHT, scale, False)
 
 
 def _sdpa_one_query(q, k, v, scale):
