@@ -154,6 +154,13 @@ def test_agrees_with_the_models_own_loss_and_logits(transformer, monkeypatch):
     ids = torch.tensor([[0, *Tokens().encode("abcdeffedcbabcdaddd"), 0]])
     result = evaluate(transformer, Tokens(), text="abcdeffedcbabcdaddd", context=32)
     assert transformer.training
+    monkeypatch.setattr(
+        transformer, "hidden", lambda tokens: pytest.fail("in training mode") if transformer.training else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        evaluate(transformer, Tokens(), text="abc")
+    assert transformer.training
+    monkeypatch.undo()
     assert result.loss == pytest.approx(transformer.loss(ids[:, :-1], ids[:, 1:]).item(), rel=1e-5)
     hits = transformer(ids[:, :-1]).argmax(-1) == ids[:, 1:]
     assert result.top1_accuracy == pytest.approx(hits.double().mean().item())
@@ -163,13 +170,15 @@ def test_stride_gives_left_context(transformer):
     """Each target sees at least context - stride tokens before it, as far as there are any."""
     ids = torch.tensor([0, *Tokens().encode("abcdefabdcebfdaceb"), 0])
     result = evaluate(transformer, Tokens(), text="abcdefabdcebfdaceb", context=6, stride=2)
-    nats = 0.0
+    nats, hits = 0.0, 0
     for start in range(1, len(ids), 2):
         stop = min(start + 2, len(ids))
         seen = ids[max(0, stop - 7) : stop]
         logits = transformer(seen[None, :-1])[0, start - stop :]
         nats += torch.nn.functional.cross_entropy(logits, ids[start:stop], reduction="sum").item()
+        hits += (logits.argmax(-1) == ids[start:stop]).sum().item()
     assert result.loss == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    assert result.top1_accuracy == pytest.approx(hits / (len(ids) - 1))
 
 
 def test_prepared_data(tmp_path):
