@@ -6,8 +6,8 @@ before the buffer is overwritten. So the gradient costs three products in all an
 Liger Kernel's fused loss, arXiv:2410.10989).
 
     rows(logits, target, loss, row_scale, with_grad, ignore_index, label_smoothing, z_loss, softcap)
-        logits [R, V] is overwritten by d(sum_r row_scale[r] * loss[r]) / d(logits) if with_grad; row_scale [R] fp32 or None
-        for ones; loss [R] is written. Rows whose target is ignored get 0 in both.
+        logits [R, V], of unit stride along V, is overwritten by d(sum_r row_scale[r] * loss[r]) / d(logits) if with_grad;
+        row_scale [R] fp32 or None for ones; loss [R] is written. Rows whose target is ignored get 0 in both.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ import torch
 # Bytes of logits held at a time. On the CPU one chunk is the fastest (1024 x 8192 in fp32, two cores: 113 ms in one or two
 # chunks, 131 in four); on a GPU larger chunks only cost memory once a product fills it.
 LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# Elements a row of logits is padded to a multiple of. On a GPU neither a product nor a kernel can use 16-byte accesses on
+# rows of, say, 50,257 elements; torch's softmax on the CPU wants them without gaps.
+ROW_MULTIPLE = {"cpu": 1, "cuda": 16}
 
 
-def chunk_rows(n, vocabulary, itemsize, device):
+def _kind(device):
+    return "cpu" if device.type == "cpu" else "cuda"
+
+
+def chunk_rows(n, width, itemsize, device):
     """Rows per chunk: what the budget allows, evened out so that the last chunk is about as long as the others."""
-    budget = LOGITS_BYTES["cpu" if device.type == "cpu" else "cuda"]
-    most = max(1, budget // (vocabulary * itemsize))
+    most = max(1, LOGITS_BYTES[_kind(device)] // (width * itemsize))
     if most >= n:
         return max(n, 1)
     step = 1 if most < 128 else 128  # whole tiles of a product
@@ -57,7 +63,7 @@ class _Gradients:
     def __init__(self, h, weight, bias, chunks, need):
         self.need_dh, self.need_dw, self.need_db = need
         wide = compute_dtype(h.dtype)
-        self.chunks, self.weight_dtype = chunks, weight.dtype
+        self.weight_dtype = weight.dtype
         self.bias_dtype = weight.dtype if bias is None else bias.dtype
         # A sum over chunks rounded to 16 bits at every chunk loses small terms: fp32 where there is more than one.
         sum_dtype = h.dtype if chunks == 1 and weight.dtype == h.dtype else wide
@@ -86,9 +92,11 @@ def _run(rows, hidden, weight, bias, target, row_scale, need, options):
     n, vocabulary = h.shape[0], weight.shape[0]
     w = weight.to(h.dtype)  # once per call, not once per chunk
     b = None if bias is None else bias.to(h.dtype)
-    step = chunk_rows(n, vocabulary, h.element_size(), h.device)
+    multiple = ROW_MULTIPLE[_kind(h.device)]
+    width = -(-vocabulary // multiple) * multiple
+    step = chunk_rows(n, width, h.element_size(), h.device)
     loss = torch.empty(n, dtype=compute_dtype(h.dtype), device=h.device)
-    buffer = torch.empty((min(step, n), vocabulary), dtype=h.dtype, device=h.device)
+    buffer = torch.empty((min(step, n), width), dtype=h.dtype, device=h.device)[:, :vocabulary]
     gradients = _Gradients(h, weight, bias, -(-n // step), need)
     for start in range(0, n, step):
         here = slice(start, min(start + step, n))

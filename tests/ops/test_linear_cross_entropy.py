@@ -101,6 +101,14 @@ def test_accuracy_over_chunks(case, backend, dtype, device, small_chunks):
     check_accuracy(case, backend, dtype, device)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padded_rows_as_on_a_gpu(backend, device, small_chunks, monkeypatch):
+    monkeypatch.setitem(chunked_loss.ROW_MULTIPLE, "cpu", 16)
+    for case in (MEAN, NONE):
+        check_guards(case, backend, device)
+        check_accuracy(case, backend, torch.float32, device)
+
+
 def test_chunk_size_does_not_change_fp64(monkeypatch):
     combinations = itertools.product(("mean", "sum", "none"), (0.0, 0.1), (0.0, 0.02), (None, 4.0), (False, True))
     for reduction, smoothing, z_loss, softcap, bias in combinations:
