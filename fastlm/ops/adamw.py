@@ -99,8 +99,8 @@ def _local(t: Tensor) -> Tensor:
     return t.to_local() if type(t).__name__ == "DTensor" else t
 
 
-def _check(params, grads, exp_avgs, exp_avg_sqs, beta1, beta2, step):
-    lengths = [len(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+def _check(lists, beta1, beta2, step):
+    lengths = [len(tensors) for tensors in lists]
     if len(set(lengths)) > 1:
         raise ValueError(f"adamw_: params, grads, exp_avgs and exp_avg_sqs must be equally long, got {lengths}")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
@@ -108,22 +108,52 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, beta1, beta2, step):
             raise ValueError(f"adamw_: {name} must be in [0, 1), got {beta}")
     if not isinstance(step, Tensor) and step < 1:
         raise ValueError(f"adamw_: step counts from 1, got {step}")
-    for i, (p, *rest) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
-        if not p.is_floating_point():
-            raise TypeError(f"adamw_: params[{i}] must be floating point, got {p.dtype}")
-        for name, t in zip(("grads", "exp_avgs", "exp_avg_sqs"), rest):
-            if t.shape != p.shape:
-                raise ValueError(f"adamw_: {name}[{i}] must have the shape of its parameter, {list(p.shape)}, "
-                                 f"got {list(t.shape)}")  # fmt: skip
-            if t.device != params[0].device or p.device != params[0].device:
-                raise ValueError(f"adamw_: all tensors must be on {params[0].device}, got {name}[{i}] on {t.device}")
-            if name == "grads" and not t.is_floating_point():
-                raise TypeError(f"adamw_: grads[{i}] must be floating point, got {t.dtype}")
-            if name != "grads" and t.dtype not in (p.dtype, torch.float32):
-                raise TypeError(f"adamw_: {name}[{i}] must be float32 or its parameter's {p.dtype}, got {t.dtype}")
-            if getattr(t, "placements", None) != getattr(p, "placements", None):
-                raise ValueError(f"adamw_: {name}[{i}] must be sharded like its parameter, {p.placements}, "
-                                 f"got {getattr(t, 'placements', None)}")  # fmt: skip
+
+
+def _check_tensors(i, device, p, *rest):
+    """The tensors of parameter i."""
+    if not p.is_floating_point():
+        raise TypeError(f"adamw_: params[{i}] must be floating point, got {p.dtype}")
+    for name, t in zip(("grads", "exp_avgs", "exp_avg_sqs"), rest):
+        if t.shape != p.shape:
+            raise ValueError(
+                f"adamw_: {name}[{i}] must have the shape of its parameter, {list(p.shape)}, got {list(t.shape)}"
+            )
+        if t.device != device or p.device != device:
+            raise ValueError(f"adamw_: all tensors must be on {device}, got {name}[{i}] on {t.device}")
+        if name == "grads" and not t.is_floating_point():
+            raise TypeError(f"adamw_: grads[{i}] must be floating point, got {t.dtype}")
+        if name != "grads" and t.dtype not in (p.dtype, torch.float32):
+            raise TypeError(f"adamw_: {name}[{i}] must be float32 or its parameter's {p.dtype}, got {t.dtype}")
+        places, expected = getattr(t, "placements", None), getattr(p, "placements", None)
+        if places != expected:
+            raise ValueError(f"adamw_: {name}[{i}] must be sharded like its parameter, {expected}, got {places}")
+
+
+def _uniform(lists) -> bool:
+    """Whether all that holds for the first parameter holds for the others: the common case, at a microsecond each."""
+    shapes = [p.shape for p in lists[0]]
+    return (
+        all([t.shape for t in tensors] == shapes for tensors in lists[1:])
+        and all(len({t.dtype for t in tensors}) == 1 for tensors in lists)
+        and len({t.device for tensors in lists for t in tensors}) == 1
+        and {type(t) for tensors in lists for t in tensors} <= {Tensor, torch.nn.Parameter}
+        and all(p.numel() for p in lists[0])
+    )
+
+
+def _groups(lists) -> list[list[list[Tensor]]]:
+    """The lists, split so that each list of a group has one dtype. DTensors become their local shards; none is empty."""
+    if lists[0] and _uniform(lists):
+        _check_tensors(0, lists[0][0].device, *(tensors[0] for tensors in lists))
+        return [lists]
+    groups: dict[tuple, list[tuple[Tensor, ...]]] = {}
+    for i, tensors in enumerate(zip(*lists)):
+        _check_tensors(i, lists[0][0].device, *tensors)
+        tensors = tuple(_local(t) for t in tensors)
+        if tensors[0].numel():
+            groups.setdefault(tuple(t.dtype for t in tensors), []).append(tensors)
+    return [[list(tensors) for tensors in zip(*group)] for group in groups.values()]
 
 
 def _number(name: str, value: Any, device: torch.device) -> Any:
@@ -148,13 +178,20 @@ def _dense(t: Tensor) -> bool:
     return True
 
 
-def _contiguous(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _in_one_order(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The four tensors of one parameter in one memory order: themselves, flat views, or new contiguous copies."""
     if all(t.is_contiguous() for t in tensors):
         return tensors
     if len({t.stride() for t in tensors}) == 1 and _dense(tensors[0]):
         return tuple(t.as_strided((t.numel(),), (1,)) for t in tensors)
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in tensors)
+
+
+def _write_back(lists: list[list[Tensor]], work: list[list[Tensor]]) -> None:
+    for i in (0, 2, 3):
+        for t, used in zip(lists[i], work[i]):
+            if used is not t and used.shape == t.shape:  # a copy; a flat view has another shape
+                t.copy_(used)
 
 
 @torch.no_grad()
@@ -197,24 +234,19 @@ def adamw_(
     Backends: triton (one launch per combination of dtypes; compute capability >= 8.0; in a CUDA graph, the tensors are those
     of the capture), torch (the CPU default), reference. Paper: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
-    _check(params, grads, exp_avgs, exp_avg_sqs, beta1, beta2, step)
-    groups: dict[tuple, list[tuple[Tensor, ...]]] = {}
-    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs):
-        tensors = tuple(_local(t) for t in tensors)
-        groups.setdefault(tuple(t.dtype for t in tensors), []).append(tensors)
-    backend = OP.choose(backend, *[t for group in groups.values() for t in group[0]])
-    for group in groups.values():
-        group = [tensors for tensors in group if tensors[0].numel()]
-        if not group:
-            continue
+    lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+    _check(lists, beta1, beta2, step)
+    groups = _groups(lists)
+    backend = OP.choose(backend, *(tensors[0] for group in groups for tensors in group))
+    for group in groups:
         device = group[0][0].device
         numbers = [_number(*n, device) for n in (("lr", lr), ("step", step), ("grad_scale", grad_scale))]
-        work = group if backend == "reference" else [_contiguous(tensors) for tensors in group]
-        _step(backend, [list(tensors) for tensors in zip(*work)], numbers, (beta1, beta2, eps, weight_decay))
-        for tensors, used in zip(group, work):
-            if used is not tensors and used[0].shape == tensors[0].shape:  # copies; a flat view has another shape
-                for i in (0, 2, 3):
-                    tensors[i].copy_(used[i])
+        work = group
+        if backend != "reference" and not all(t.is_contiguous() for tensors in group for t in tensors):
+            work = [list(tensors) for tensors in zip(*map(_in_one_order, zip(*group)))]
+        _step(backend, work, numbers, (beta1, beta2, eps, weight_decay))
+        if work is not group:
+            _write_back(group, work)
 
 
 def _step(backend: str, lists: list[list[Tensor]], numbers: list, constants: tuple[float, ...]) -> None:
