@@ -68,7 +68,7 @@ def test_text_files(tmp_path):
     path.write_bytes(b"\xef\xbb\xbfgr\xc3\xbc\xc3\x9f\r\n")
     assert read(path)[0] == ["gr\u00fc\u00df\r\n"]
     packed = tmp_path / "a.txt.gz"
-    packed.write_bytes(gzip.compress(b"packed"))
+    packed.write_bytes(gzip.compress(b"packed", mtime=0))
     assert read(packed)[0] == ["packed"]
 
 
@@ -78,7 +78,7 @@ def test_text_files(tmp_path):
         ("a.png", b"\x89PNG\0\0", "files_binary"),
         ("utf16.txt", "hello".encode("utf-16"), "files_binary"),
         ("latin.txt", b"caf\xe9", "files_not_utf8"),
-        ("broken.txt.gz", gzip.compress(b"x" * 1000)[:-9], "files_unreadable"),
+        ("broken.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "files_unreadable"),
         ("no.gz", b"not packed", "files_unreadable"),
     ],
 )
@@ -112,7 +112,7 @@ def test_json_lines(tmp_path, pack):
     ]
     path = tmp_path / ("d.jsonl.gz" if pack else "d.jsonl")
     data = b"\n".join(lines)
-    path.write_bytes(gzip.compress(data) if pack else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if pack else data)
     documents, report = read(path)
     assert documents == ["first", "second", "last\ud800"]
     assert report.lines_malformed == 3
@@ -129,7 +129,7 @@ def test_json_lines_with_another_field(tmp_path):
 def test_truncated_packed_json_lines_keep_what_was_read(tmp_path):
     path = tmp_path / "d.jsonl.gz"
     data = b"".join(json.dumps({"text": f"{n} {n**7}"}).encode() + b"\n" for n in range(5000))
-    path.write_bytes(gzip.compress(data)[:-2000])
+    path.write_bytes(gzip.compress(data, mtime=0)[:-2000])
     documents, report = read(path)
     assert 100 < len(documents) < 5000
     assert report.files_unreadable == 1
