@@ -176,7 +176,9 @@ def test_every_benchmark_file_runs(stem, monkeypatch):
         for size in bench.sizes_of("tiny", "cpu"):
             found = measure(bench, size, torch.float32, "cpu", seconds=0.001)
             assert any(r.ms is not None for r in found)
-            bad = [f"{r.provider}: {r.reason}" for r in found if r.ms is None and not r.reason.startswith("missing")]
+            # Another's kernel may fail here and say so; ours may only be missing.
+            own = [r for r in found if r.provider.startswith(harness.OURS) and r.ms is None]
+            bad = [f"{r.provider}: {r.reason}" for r in own if not r.reason.startswith("missing")]
             assert not bad, f"{stem} {size}: {bad}"
 
 
