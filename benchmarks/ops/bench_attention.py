@@ -24,7 +24,12 @@ def with_kernel(kernel):
         with sdpa_kernel(kernel):
             return by_sdpa(*args)
 
-    return lambda: call
+    def build():
+        if not torch.cuda.is_available():
+            raise ImportError("torch has this kernel for CUDA only")
+        return call
+
+    return build
 
 
 def op(q, k, v, causal, backend):
@@ -44,7 +49,7 @@ def flops(mode, q, k, v, causal):
 
 
 SDPA = {
-    "flash": SDPBackend.FLASH_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,  # the CPU's only fused kernel too: there it is what `sdpa` takes anyway
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
