@@ -1,90 +1,102 @@
-"""Decode speed beside transformers' eager generate: same weights, shapes and dtype, taking turns in one process.
+"""`python -m benchmarks.models.bench_generate`: decoding beside transformers' eager generate, same weights, shapes and dtype.
 
-    python -m benchmarks.models.bench_generate [--repeats 5] [--json results.json]
-
-128 new tokens after a prompt of 16, batch 1, greedy, vocabulary 8192: GPT-2 with 6 layers of 384 and Llama with 6 layers of 384
-and 2 key/value heads. The rate is new tokens over the time of the whole call, prefill included. With equal fp32 or fp64
-weights both must give the same tokens, or nothing is measured.
+Greedy, batch 1: 128 new tokens after a prompt of 16. bf16 means bf16 weights for both. The time is that of the whole call,
+prefill included; calls are taken in turns within one process and the ratio is the median of the turns' ratios. In fp32 all must give the
+same tokens, or nothing is timed. In bf16 rounding differs and fresh weights have many near ties: the row says how many tokens
+agree before the first that does not.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
-import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 import fastlm
+from benchmarks.clock import quartiles, time_calls
+from benchmarks.report import Lines, machine
+from fastlm.models import Transformer, preset
 
-NEW, PROMPT, VOCABULARY = 128, 16, 8192
+MODELS = ("gpt2-6x384", "llama-6x384")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BASELINE = "transformers"
 
 
-def make_pair(family: str, dtype: torch.dtype):
-    """The same random model in transformers and here."""
-    import transformers
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models.bench_generate", description=__doc__)
+    parser.add_argument("--model", action="append", help=f"a preset (several allowed); default {', '.join(MODELS)}")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default both")
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=20.0, help="per model and dtype")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder; rows are appended to generate.jsonl there")
+    options = parser.parse_args(argv)
+    header = machine(options.device)
+    print("  ".join(f"{k}: {v}" for k, v in header.items() if k != "kind"))
+    lines = Lines(options.out and options.out / "generate.jsonl", header)
+    for name in options.model or MODELS:
+        for dtype in options.dtype or DTYPES:
+            for row in measure(name, dtype, options):
+                print(
+                    f"{row['model']:14} {row['dtype']:5} {row['provider']:18} {row['tokens_per_second']:7,.0f} tokens/s "
+                    f"{row['ms']:8.1f} ms ({row['q1']:.1f} - {row['q3']:.1f})  {row['ratio']:5.2f}x  "
+                    f"{row['same']} of {options.new} tokens as {BASELINE}",
+                    flush=True,
+                )
+                lines.write([row])
+    return 0
 
-    none = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+
+def measure(name: str, dtype: str, options: argparse.Namespace) -> list[dict]:
+    """One row per provider. Raises AssertionError if a provider's fp32 tokens differ from transformers'."""
     torch.manual_seed(0)
-    if family == "gpt2":
-        sizes = {"n_embd": 384, "n_layer": 6, "n_head": 6, "n_positions": 1024}
-        config = transformers.GPT2Config(vocab_size=VOCABULARY, **sizes, **none)
-    else:
-        sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2}
-        more = {"intermediate_size": 1024, "max_position_embeddings": 1024, "tie_word_embeddings": True}
-        config = transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes, **more, **none)
-    theirs = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        return theirs, fastlm.load(folder)
-
-
-def measure(family: str, dtype_name: str, repeats: int) -> dict:
-    """One row of the table: tokens/s of both, medians of interleaved repeats."""
-    theirs, ours = make_pair(family, DTYPES[dtype_name])
-    prompt = torch.randint(VOCABULARY, (1, PROMPT))
-    mask = torch.ones_like(prompt)
-    runs = {
-        "transformers": lambda: theirs.generate(prompt, attention_mask=mask, max_new_tokens=NEW, do_sample=False),
-        "fastlm": lambda: ours.generate(prompt, NEW, temperature=0, eos_id=()),
-        "fastlm, fast=False": lambda: ours.generate(prompt, NEW, temperature=0, eos_id=(), fast=False),
-    }
-    outputs = {name: run() for name, run in runs.items()}
-    if dtype_name == "fp32" and not all(torch.equal(out, outputs["transformers"]) for out in outputs.values()):
-        raise SystemExit(f"{family} {dtype_name}: the tokens differ; nothing measured")
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    rates = {name: NEW / statistics.median(times) for name, times in seconds.items()}
-    best = {name: NEW / min(times) for name, times in seconds.items()}
-    ratio = rates["fastlm"] / rates["transformers"]
-    return {"model": family, "dtype": dtype_name, "tokens_per_second": rates, "best": best, "ratio": ratio}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="also write the rows to this file")
-    arguments = parser.parse_args()
+    calls = providers(name, DTYPES[dtype], options)
+    texts = {provider: call()[0].tolist()[options.prompt :] for provider, call in calls.items()}
+    same = {provider: _agreement(text, texts[BASELINE]) for provider, text in texts.items()}
+    if dtype == "fp32":
+        assert all(n == options.new for n in same.values()), f"{name}: tokens that agree with {BASELINE}: {same}"
+    samples = dict(zip(calls, time_calls(list(calls.values()), options.device, options.seconds)))
     rows = []
-    for family in ("gpt2", "llama"):
-        for dtype_name in DTYPES:
-            row = measure(family, dtype_name, arguments.repeats)
-            rows.append(row)
-            rates = "  ".join(
-                f"{name} {rate:.0f} (best {row['best'][name]:.0f})" for name, rate in row["tokens_per_second"].items()
-            )
-            print(f"{family:6} {dtype_name}  tokens/s: {rates}  ratio {row['ratio']:.2f}", flush=True)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, file, indent=2)
+    for provider, times in samples.items():
+        q1, median, q3 = quartiles(times)
+        ratio = quartiles([a / b for a, b in zip(samples[BASELINE], times)])[1]
+        size = {"model": name, "dtype": dtype, "prompt": options.prompt, "new": options.new}
+        speed = {"ms": median, "q1": q1, "q3": q3, "tokens_per_second": options.new / median * 1e3, "ratio": ratio}
+        rows.append({"kind": "generate", **size, "provider": provider, "same": same[provider], **speed})
+    return rows
+
+
+def providers(name: str, dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Callable]:
+    """provider -> a call that generates, all with the same weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    config = preset(name, max_positions=max(options.prompt + options.new, 1024))
+    with tempfile.TemporaryDirectory() as folder:
+        Transformer(config).to(dtype).save_pretrained(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(options.device).eval()
+        ours = fastlm.load(folder, device=options.device)
+    prompt = torch.randint(config.vocab_size, (1, options.prompt), device=options.device)
+    theirs.generation_config.eos_token_id = None
+    mask, eager = torch.ones_like(prompt), {"do_sample": False, "max_new_tokens": options.new}
+    calls = {
+        BASELINE: lambda: theirs.generate(prompt, attention_mask=mask, **eager),
+        "fastlm": lambda: ours.generate(prompt, options.new, temperature=0, eos_id=()),
+    }
+    if options.device == "cpu":
+        calls["fastlm fast=False"] = lambda: ours.generate(prompt, options.new, temperature=0, eos_id=(), fast=False)
+    return calls
+
+
+def _agreement(ours: list[int], theirs: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -15,7 +15,7 @@ from fastlm.nn import KVCache, LayerNorm, RMSNorm
 
 # Rows are decoded one after the other, so that a row's numbers do not depend on the batch. Beyond this many, one product
 # for all rows is faster.
-MAX_ROWS = 4
+MAX_ROWS = 3
 _BLOCK = 64  # keys attended to, in steps of this many: buffers and views are made once a block instead of once a token
 _PLAIN = {Transformer, Block, Attention, MLP, LayerNorm, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList}
 
@@ -73,10 +73,11 @@ class CpuDecoder:
             self.cos, self.sin = torch.stack((cos, cos), 1), torch.stack((-sin, sin), 1)  # [T, 2, Dh / 2]
         self.norm = _Norm(model.norm, self.stream, self.normed)
         self.head = _Product(model.head_weight, None, self.normed, self.logits)
-        self.threads = _Threads(self.head)
-        with self.threads:
-            self.layers = [self._layer(block) for block in model.blocks]
-            self.rows = [_Row(cache, self.q) for cache in caches]
+        first, *others = model.blocks
+        self.layers = [self._layer(first)]
+        self.threads = _Threads(self.layers[0][-2])
+        self.layers += [self._layer(block) for block in others]
+        self.rows = [_Row(cache, self.q) for cache in caches]
 
     def _layer(self, block: Block) -> tuple:
         up = block.mlp.gate_up if self.config.gated else block.mlp.up
@@ -201,26 +202,25 @@ class _Row:
 
 
 class _Threads:
-    """Context manager around work of the decoder: with one thread or with all of torch's, whichever is faster at present.
+    """Context manager around each step: with one thread or with all of torch's, whichever is faster at present.
 
-    Two threads read weights up to twice as fast as one. But they meet at the end of every product, and where another process
-    keeps a core busy one waits there for the other's time slice: a step of 3 ms then takes 500. So a single product is timed both
-    ways, now and then and as soon as a step with all threads takes much longer than those before.
+    Two threads read weights up to twice as fast as one. But they meet at the end of every product, and where other processes keep
+    the cores busy one waits there for the other's time slice: a step of 3 ms then takes 500. So a product is timed both ways
+    every so many steps, and all threads are given up until then as soon as their steps have taken longer than one's would have.
     """
 
-    EVERY = 64  # steps between trials
+    EVERY = 32  # steps between trials
+    TRIES = 8
 
     def __init__(self, probe: Callable[[], None]) -> None:
         self.probe = probe
         self.many = torch.get_num_threads()
-        self.now = self._faster()
-        self.steps, self.usual = 0, float("inf")
+        self._choose()
 
     def __enter__(self) -> None:
         self.before = torch.get_num_threads()
         if self.steps == self.EVERY:
-            self.now = self._faster()
-            self.steps, self.usual = 0, float("inf")
+            self._choose()
         torch.set_num_threads(self.now)
         self.start = time.perf_counter()
 
@@ -228,16 +228,22 @@ class _Threads:
         took = time.perf_counter() - self.start
         torch.set_num_threads(self.before)
         self.steps += 1
-        if self.now > 1 and took > 3 * self.usual:
+        self.spent += took
+        self.shortest = min(self.shortest, took)
+        if self.spent > self.gain * self.shortest * (self.steps + 1):
             self.now = 1
-        self.usual = min(self.usual, took)
 
-    def _faster(self) -> int:
-        if self.many == 1:
-            return 1
-        one = min(self._time(1) for _ in range(3))
-        # The slowest counts: that is what a busy core does to threads now and then.
-        return self.many if max(self._time(self.many) for _ in range(4)) < one else 1
+    def _choose(self) -> None:
+        self.steps, self.spent, self.shortest = 0, 0.0, float("inf")
+        self.now, self.gain = 1, 1.0
+        if self.many > 1:
+            one = sum(self._time(1) for _ in range(self.TRIES))
+            many = 0.0
+            for _ in range(self.TRIES):
+                many += self._time(self.many)
+                if many >= one:
+                    return
+            self.now, self.gain = self.many, one / many
 
     def _time(self, threads: int) -> float:
         before = torch.get_num_threads()

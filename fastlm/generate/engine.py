@@ -54,7 +54,7 @@ def generate(
             before the stop string, so that its last token may hold a few characters too many.
         tokenizer: with `decode(ids) -> str`; needed for stop_strings and stream.
         stream: called with each piece of new text as soon as it is settled, e.g. print_piece. For one prompt.
-        fast: False keeps to model.hidden. True lets a CPU decode up to four rows by CpuDecoder, which is several times
+        fast: False keeps to model.hidden. True lets a CPU decode up to three rows by CpuDecoder, which is two to three times
             faster and, for bf16 and fp16 weights, holds an fp32 copy of them meanwhile: twice their memory.
 
     Returns:

@@ -118,11 +118,20 @@ def test_number_of_threads_follows_what_is_measured(keep_threads, monkeypatch):
 
     threads = _Threads(probe)
     assert step() == 2 and torch.get_num_threads() == 2
-    seconds[2] = 50.0  # a core is busy now
+    seconds[2] = 3.0  # one slow step of several is no reason to give up
+    step()
+    seconds[2] = 1.0
+    assert step() == 2
+    seconds[2] = 50.0  # the cores are busy
     step()
     assert step() == 1
+    while threads.steps < threads.EVERY:
+        step()
+    before = clock[0]
+    assert step() == 1
+    assert clock[0] - before == 2 * threads.TRIES + 50 + 2  # one try with two threads was enough
     seconds[2] = 1.0
-    assert [step() for _ in range(threads.EVERY + 1)][-1] == 2
+    assert [step() for _ in range(threads.EVERY)][-1] == 2
     seconds[2] = 3.0
     assert _Threads(probe).now == 1
 

