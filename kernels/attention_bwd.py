@@ -45,7 +45,7 @@ _EDGE = 32  # queries per step where the causal mask cuts: what a mask costs in 
 _MAX_BLOCK_M = 128
 
 
-@triton.jit(do_not_specialize=["H", "S", "S_padded"])
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_ls", "H", "S", "S_padded"])
 def _attention_stats_kernel(
     dout_ptr, o_ptr, dlse_ptr, lse_ptr, norm_ptr, delta_ptr,
     stride_db, stride_ds, stride_dh, stride_lb, stride_lh, stride_ls, H, S, S_padded,
@@ -274,7 +274,7 @@ def _settings(q, block):
     if memory == 0:
         return (16, 16, 4, 1), (16, 16, 4, 1)
     if q.dtype == torch.float32:  # twice the bytes, and products without tensor cores
-        return ((16, 32, 4, 1), (32, 16, 4, 1)) if block <= 128 else ((16, 16, 4, 1), (16, 16, 4, 1))
+        return ((16, 32, 8, 2), (32, 16, 8, 2)) if block <= 128 else ((16, 16, 8, 2), (16, 16, 8, 2))
     return (_LARGE if memory >= LARGE_MEMORY else _SMALL)[block]
 
 

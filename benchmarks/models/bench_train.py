@@ -78,6 +78,10 @@ def measure(name: str, dtype: str, options: argparse.Namespace) -> list[dict]:
 def _losses(ours: Transformer, compile: bool, device: str) -> dict[str, tuple[torch.nn.Module, Callable]]:
     """provider -> (model, its loss of (tokens, labels)), all with the weights of `ours`."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)

@@ -275,7 +275,7 @@ def test_broken_json_and_index(folder, tmp_path):
     first.write_bytes(kept)
     index = tmp_path / "shards" / io.INDEX
     data = json.loads(index.read_text())
-    data["weight_map"]["model.norm.weight"] = "../../model.safetensors"
+    data["weight_map"]["model.norm.weight"] = "../model/model.safetensors"  # outside the folder, though it is there
     index.write_text(json.dumps(data))
     refuses(tmp_path / "shards", "is missing, which model.safetensors.index.json names")
     index.write_text("[1]")
