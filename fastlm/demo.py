@@ -90,10 +90,10 @@ def _settings(out: Path, seconds: float) -> TrainConfig:
         min_lr=1e-4,
         warmup=50,
         precision="bf16",
-        evaluate_every=250,
+        evaluate_every=100,
         evaluate_batches=8,
         checkpoint_every=0,
-        log_every=25,
+        log_every=10,
     )
 
 
