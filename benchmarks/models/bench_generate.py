@@ -1,9 +1,9 @@
 """`python -m benchmarks.models.bench_generate`: decoding beside transformers' eager generate, same weights, shapes and dtype.
 
-Greedy, batch 1: 128 new tokens after a prompt of 16. bf16 means bf16 weights for both. The time is that of the whole call,
-prefill included; calls are taken in turns within one process and the ratio is the median of the turns' ratios. In fp32 all must give the
-same tokens, or nothing is timed. In bf16 rounding differs and fresh weights have many near ties: the row says how many tokens
-agree before the first that does not.
+Greedy, batch 1: 128 new tokens after a prompt of 16; bf16 means bf16 weights for both. The time is that of the whole call,
+prefill included. Calls are taken in turns within one process and the ratio is the median of the turns' ratios. In fp32 all must
+give the same tokens, or nothing is timed. In bf16 rounding differs and fresh weights have many near ties: the row says how many
+tokens agree before the first that does not.
 """
 
 from __future__ import annotations
