@@ -121,7 +121,7 @@ def _settings(q, block):
     if memory == 0:
         return 16, 16, 4, 1
     if q.dtype == torch.float32:  # twice the bytes, and products without tensor cores
-        return (64, 32, 4, 2) if block <= 64 else (32, 32, 4, 2) if block <= 128 else (16, 32, 4, 1)
+        return (64, 32, 8, 2) if block <= 64 else (32, 32, 8, 2) if block <= 128 else (16, 32, 8, 2)
     block_m, block_n, num_warps, num_stages = (_LARGE if memory >= LARGE_MEMORY else _SMALL)[block]
     if q.shape[1] <= 16:  # decoding: few queries, long keys
         block_m, block_n, num_warps = 16, min(64, block_n), 4

@@ -121,7 +121,7 @@ def _scale_kernel(x_ptr, factor_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 def _rows(logits, target, loss, row_scale, with_grad, ignore_index, label_smoothing, z_loss, softcap):
     rows, vocabulary = logits.shape
-    block = min(8192, triton.next_power_of_2(max(vocabulary, 128)))
+    block = min(4096, triton.next_power_of_2(max(vocabulary, 128)))
     _linear_cross_entropy_rows_kernel[(rows,)](
         logits, target.contiguous(), loss, loss if row_scale is None else row_scale,
         logits.stride(0), vocabulary, ignore_index, label_smoothing, z_loss, 1.0 if softcap is None else softcap,

@@ -29,7 +29,8 @@ def reason_against(model: nn.Module, rows: int) -> str | None:
     if rows > MAX_ROWS:
         return f"{rows} rows are more than {MAX_ROWS}"
     for name, module in model.named_modules():
-        if type(module) not in _PLAIN or module._forward_hooks or module._forward_pre_hooks:
+        changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if type(module) not in _PLAIN or changed:
             return f"{name or 'the model'} is a changed {type(module).__name__}"
     if any(type(p) is not nn.Parameter or not p.is_floating_point() for p in model.parameters()):
         return "its weights are not plain tensors"
@@ -55,13 +56,13 @@ class CpuDecoder:
         H, H_kv, Dh, D = config.n_heads, config.n_kv_heads, config.head_dim, config.d_model
         self.embed = model.embed.weight.detach()
         self.places = model.positions.weight.detach() if config.position == "learned" else None
-        self.stream = torch.empty(D, dtype=dtype)
-        self.normed = torch.empty(D, dtype=dtype)
-        self.qkv = torch.empty((H + 2 * H_kv) * Dh, dtype=dtype)
-        self.mixed = torch.empty(H * Dh, dtype=dtype)
-        self.up = torch.empty((2 if config.gated else 1) * config.d_ff, dtype=dtype)
-        self.active = torch.empty(config.d_ff, dtype=dtype)
-        self.logits = torch.empty(config.vocab_size, dtype=dtype)
+        self.stream = torch.zeros(D, dtype=dtype)
+        self.normed = torch.zeros(D, dtype=dtype)
+        self.qkv = torch.zeros((H + 2 * H_kv) * Dh, dtype=dtype)
+        self.mixed = torch.zeros(H * Dh, dtype=dtype)
+        self.up = torch.zeros((2 if config.gated else 1) * config.d_ff, dtype=dtype)
+        self.active = torch.zeros(config.d_ff, dtype=dtype)
+        self.logits = torch.zeros(config.vocab_size, dtype=dtype)
         q, k, v = self.qkv.split((H * Dh, H_kv * Dh, H_kv * Dh))
         self.q = q.view(H_kv, H // H_kv, Dh)
         self.k, self.v = k.view(H_kv, Dh), v.view(H_kv, Dh)
@@ -181,11 +182,12 @@ class _Row:
         """Makes room for one more token. Returns its place."""
         place = self.length
         if place >= self.end:
-            end = self.end = min(place // _BLOCK * _BLOCK + _BLOCK, len(self.mask))
+            start = self.start = place // _BLOCK * _BLOCK
+            end = self.end = min(start + _BLOCK, len(self.mask))
             self.seen = self.mask[:end].expand(1, 1, end)
             self.scores = self.mask.new_empty(*self.shape, end)
             self.layers = [
-                (k[:end].permute(1, 2, 0), v[:end].transpose(0, 1), k[:end].unbind(), v[:end].unbind())
+                (k[:end].permute(1, 2, 0), v[:end].transpose(0, 1), k[start:end].unbind(), v[start:end].unbind())
                 for k, v in self.caches
             ]
         self.mask[place] = 0
@@ -195,8 +197,9 @@ class _Row:
     def attend(self, kv: tuple, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Stores k, v [H_kv, Dh] in the newest place of a layer; out = attention of q [H_kv, H / H_kv, Dh]."""
         keys, values, key_rows, value_rows = kv
-        key_rows[self.length - 1].copy_(k)
-        value_rows[self.length - 1].copy_(v)
+        newest = self.length - 1 - self.start
+        key_rows[newest].copy_(k)
+        value_rows[newest].copy_(v)
         torch.baddbmm(self.seen, q, keys, alpha=self.scale, out=self.scores)
         torch.bmm(torch.softmax(self.scores, -1), values, out=out)
 
@@ -256,7 +259,7 @@ class _Threads:
 
 
 def _parts(n: int) -> int:
-    """Parts of equal size for n rows of a weight: enough for every thread, at least 2 (one part takes the slow path)."""
-    wanted = max(4, torch.get_num_threads())
+    """Parts of equal size for the n rows of a weight: 16 or the next number that divides n, for threads to share. One part
+    alone, which only a prime n beyond 64 leaves, takes a path three times slower."""
     divisors = [p for p in range(2, min(n, 64) + 1) if n % p == 0]
-    return min((p for p in divisors if p >= wanted), default=max(divisors, default=1))
+    return min((p for p in divisors if p >= 16), default=max(divisors, default=1))

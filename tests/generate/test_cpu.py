@@ -63,6 +63,12 @@ def test_logits_are_the_models_for_every_config(changes):
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("prompt", [63, 64, 70])
+def test_prompts_that_end_around_a_block_of_keys(prompt):
+    ours, expected = logits_of_both(make_model().double(), prompt, 70)
+    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_the_models_own(dtype):
     """Over 140 tokens, so that two borders between blocks of keys are passed."""
@@ -186,6 +192,9 @@ def test_a_changed_model_takes_the_other_path():
     assert "blocks.1.mlp.down" in reason_against(model, 1)
     prompt = torch.tensor([[1, 2, 3]])
     assert torch.equal(generate(model, prompt, 9, temperature=0), generate(model, prompt, 9, temperature=0, fast=False))
+    model = make_model()
+    model.blocks[0].mlp.forward = lambda x: x
+    assert "blocks.0.mlp" in reason_against(model, 1)
     model = make_model()
     model.blocks[0].norm1.register_forward_hook(lambda *_: None)
     assert "norm1" in reason_against(model, 1)

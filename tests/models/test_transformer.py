@@ -239,6 +239,7 @@ def test_families_to_come_say_so():
 def test_config_resolves_what_is_left_open():
     config = TransformerConfig(d_model=384, n_heads=6)
     assert (config.n_kv_heads, config.head_dim, config.d_ff) == (6, 64, 1024)
+    assert TransformerConfig(d_model=100, n_heads=5).d_ff == 320
     assert TransformerConfig(gated=False, activation="gelu").d_ff == 3072
 
 

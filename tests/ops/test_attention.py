@@ -2,7 +2,16 @@ import pytest
 import torch
 
 from fastlm import ops
-from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, planted_bug, poison_empty
+from fastlm.testing import (
+    Case,
+    check_accuracy,
+    check_double_backward,
+    check_guards,
+    check_op,
+    check_reference,
+    planted_bug,
+    poison_empty,
+)
 
 BACKENDS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -142,6 +151,115 @@ def test_causal_true_is_bottom_right(device):
         torch.testing.assert_close(top[:, 0], v[:, 0].expand(-1, 2, -1))
 
 
+def _finite_lse(q, k, v, backend, **options):
+    out, lse = ops.attention(q, k, v, return_lse=True, backend=backend, **options)
+    return out, lse.masked_fill(lse == float("-inf"), 0)
+
+
+DEAD_ROWS = {
+    "more queries than keys": ({"causal": True}, {"S": 4, "T": 2, "D": 2, "DV": 2}),
+    "key lengths": ({"key_lengths": torch.tensor([0, 2])}, {"B": 2, "S": 2, "T": 3, "D": 2, "DV": 2}),
+    "key lengths, causal": ({"causal": True, "key_lengths": torch.tensor([1, 3])}, {"B": 2, "S": 2, "T": 3, "D": 2}),
+}
+
+
+@pytest.mark.parametrize("name", DEAD_ROWS)
+def test_derivatives_where_rows_see_nothing(name, device):
+    """fp64 gradcheck and gradgradcheck of the reference, and the kernels' second derivatives, through o and lse."""
+    options, sizes = DEAD_ROWS[name]
+    options = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in options.items()}
+    case = Case("attention", lambda q, k, v, backend: _finite_lse(q, k, v, backend, **options), _args,
+                lambda dtype, device: _args(dtype, device, **sizes))  # fmt: skip
+    if device == "cpu":
+        check_reference(case)
+    check_double_backward(case, "triton", device)
+
+
+def test_what_comes_back_through_a_dead_lse_is_dropped(device):
+    q, k, v = (x.requires_grad_() for x in _args(torch.float32, device, S=9, T=4))
+    for backend in ("reference", "triton"):
+        out, lse = ops.attention(q, k, v, causal=True, return_lse=True, backend=backend)
+        dead = lse == float("-inf")
+        cotangents = torch.ones_like(out), torch.where(dead, torch.full_like(lse, float("nan")), 1.0)
+        dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), cotangents)
+        assert torch.equal(dq[:, :5], torch.zeros_like(dq[:, :5])), backend
+        assert all(torch.isfinite(g).all() for g in (dq, dk, dv)), backend
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("H, H_kv", [(4, 4), (6, 2)])
+def test_decoding(dtype, H, H_kv, device):
+    """One query against a cache that is longer than what has been written: torch's CPU form has ways of its own here."""
+    lengths = torch.tensor([19, 19], device=device)
+    for causal in (False, True):
+        case = _case_by_plain(causal, lengths)
+        args = _args(dtype, device, B=2, S=1, T=30, H=H, H_kv=H_kv)
+        for backend in BACKENDS:
+            check_accuracy(case, backend, dtype, device, args)
+
+
+def _case_by_plain(causal, lengths):
+    T = int(lengths[0])
+    plain = _in_own_dtype(causal)
+    return Case(
+        "attention",
+        lambda q, k, v, backend: ops.attention(q, k, v, causal=causal, key_lengths=lengths, backend=backend),
+        _args,
+        _args,
+        plain=lambda q, k, v: plain(q, k[:, :T], v[:, :T])[0],
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True, "top_left"])
+def test_key_lengths_the_host_must_not_read(causal, device):
+    """Under torch.compile the torch form takes a mask instead of cutting the keys."""
+    q, k, v = (x.requires_grad_() for x in _args(torch.float32, device, B=3, S=5, T=7))
+    lengths = torch.tensor([0, 3, 7], device=device)
+
+    def fn(q, k, v, lengths):
+        return ops.attention(q, k, v, causal=causal, key_lengths=lengths, backend="torch")
+
+    k.data[1, 3:], v.data[1, 3:] = float("nan"), float("nan")
+    torch._dynamo.reset()
+    got = torch.compile(fn, fullgraph=True, backend="aot_eager")(q, k, v, lengths)
+    want = fn(q, k, v, lengths)
+    torch.testing.assert_close(got, want)
+    for g, w in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(want.sum(), (q, k, v))):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "sequence", "head"])
+def test_strides_past_two_to_the_31(axis, device):
+    """Offsets are 64-bit: neighbours along one axis lie 2^31 / 3 elements or more apart, the last one past 2^31.
+
+    On the CPU the buffer is address space only: pages that nobody touches cost nothing.
+    """
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GiB of GPU memory")
+    B, S, H, D = shape = (4, 4, 4, 16)
+    try:
+        buffer = torch.empty(2**31 + (1 << 20), dtype=torch.float16, device=device)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for it: {error}")
+    strides = [S * H * D, H * D, D, 1]
+    strides[axis] = 2**31 // 3 + 16
+    far = buffer.as_strided(shape, strides)
+    near = [torch.randn(shape, device=device).half() for _ in range(3)]
+    want = ops.attention(*near, causal=True, backend="triton")
+    dout = torch.randn(shape, device=device).half()
+
+    def gradients(q, k, v, dout):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(ops.attention(*leaves, causal=True, backend="triton"), leaves, dout)
+
+    want = gradients(*near, dout)
+    for place in range(4):
+        args = [*near, dout]
+        args[place] = far.copy_(args[place])
+        for g, w in zip(gradients(*args), want):
+            assert torch.equal(g, w)
+
+
 BUGS = {
     "forward: no scale": ("attention", "section, scale * LOG2E", "section, LOG2E"),
     "forward: sum not shrunk": ("attention", "total * shrink + tl.sum(probs, 1)", "total + tl.sum(probs, 1)"),
@@ -150,6 +268,13 @@ BUGS = {
     "forward: last query unwritten": ("attention", "lse, mask=m < S - first)", "lse, mask=m < S - first - 1)"),
     "dk: no scale": ("attention_bwd", "tl.where(seen, dk * scale, 0.0)", "tl.where(seen, dk, 0.0)"),
     "dq: no scale": ("attention_bwd", "(dq * scale)", "(dq)"),
+    "forward: wrong corner": ("attention", "S, T, CORNER, HAS_LENGTHS)", "S, T, 2 * CORNER, HAS_LENGTHS)"),
+    "forward: output tail unwritten": ("attention", "mask=live(m, S - first, DV", "mask=live(m, S - first - 1, DV"),
+    "dk dv: wrong corner": ("attention_bwd", "whole, key - offset,", "whole, key,"),
+    "dk dv: tail unwritten": ("attention_bwd", "mask=live(n, T - first, D,", "mask=live(n, T - first - 1, D,"),
+    "dq: tail unwritten": ("attention_bwd", "mask=live(m, S - first, D,", "mask=live(m, S - first - 1, D,"),
+    "dq: another head's keys": ("attention_bwd", "h_kv = h // GROUP", "h_kv = h % (H // GROUP)"),
+    "dlse dropped": ("attention_bwd", "delta -= tl.load(dlse_ptr", "delta -= 0 * tl.load(dlse_ptr"),
     "delta dropped": ("attention_bwd", "(dprobs - delta[:, None])", "dprobs"),
     "dk dv: first head of the group only": (
         "attention_bwd",
