@@ -117,7 +117,10 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def _signature(a: Any) -> str:
     if isinstance(a, (list, tuple)):
-        return f"({len(a)} x {_signature(a[0])})" if a else "()"
+        kinds = [_signature(item) for item in a]
+        if len(set(kinds)) <= 1:
+            return f"({len(a)} x {kinds[0]})" if a else "()"
+        return f"({' '.join(f'{i}:{kind}' for i, kind in enumerate(kinds) if kind != '-')})"
     if not isinstance(a, Tensor):
         return "-" if a is None else str(a)
     name = str(a.dtype)[6:].replace("bfloat", "bf").replace("float", "fp").replace("int", "i")

@@ -3,6 +3,7 @@
 With P the probabilities, dP = dO V^T and delta = rowsum(dO * O) - dlse, the gradient of the scores is dS = P * (dP - delta);
 then dV = P^T dO, dK = dS^T Q * scale, dQ = dS K * scale. The dK dV kernel computes the scores as K Q^T, keys down the rows:
 transposing an accumulator instead (`tl.dot(tl.trans(P), dO)`) is miscompiled on Hopper by Triton 3.4 to 3.7.0.
+Dropout's mask D = keep / (1 - p) goes into dV = (P D)^T dO and dS = P * (D dP - delta); softcap's tanh t gives 1 - t^2.
 """
 
 from __future__ import annotations
@@ -11,37 +12,44 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention_bias_bwd import bias_bwd, distances_bwd
+from .attention_call import Arguments, rule_of, settings_class
 from .attention_common import (
-    LARGE_MEMORY,
     LOG2E,
     dot_precision,
-    head_and_tile,
+    generation,
     heads_per_section,
-    key_limits,
     live,
     padded,
-    shared_memory,
     unit_rows,
-    visible,
 )
+from .attention_dkdv import _attention_dkdv_kernel
+from .attention_dq import _attention_dq_kernel
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) of dK dV (BLOCK_N keys stay, BLOCK_M queries pass) and of dQ (the reverse), by
-# padded head width; shared memory as in attention.py.
-_LARGE = {
-    16: ((64, 128, 8, 3), (128, 64, 8, 3)),
-    32: ((64, 128, 8, 3), (128, 64, 8, 3)),
-    64: ((64, 128, 8, 3), (128, 64, 8, 3)),
-    128: ((64, 128, 8, 3), (128, 64, 8, 3)),
-    256: ((32, 64, 8, 2), (64, 32, 8, 2)),
+# generation and padded head width; see attention.py.
+_WIDE = ((64, 128, 8, 3), (128, 64, 8, 3))
+_HOT = {
+    80: {16: _WIDE, 32: _WIDE, 64: _WIDE, 128: ((64, 64, 8, 2), (64, 64, 4, 2)), 256: ((32, 32, 8, 2), (32, 32, 4, 1))},
+    90: {16: _WIDE, 32: _WIDE, 64: _WIDE, 128: _WIDE, 256: ((32, 64, 8, 2), (64, 32, 8, 2))},
+    100: {
+        16: _WIDE,
+        32: _WIDE,
+        64: _WIDE,
+        128: ((64, 128, 8, 3), (128, 64, 8, 2)),
+        256: ((32, 64, 8, 2), (64, 32, 8, 2)),
+    },
 }
-_SMALL = {
-    16: ((64, 128, 8, 3), (128, 64, 8, 3)),
-    32: ((64, 128, 8, 3), (128, 64, 8, 3)),
-    64: ((64, 128, 8, 3), (128, 64, 8, 3)),
-    128: ((64, 64, 8, 2), (64, 64, 4, 2)),
-    256: ((32, 32, 8, 2), (32, 32, 4, 1)),
+_SMALL = ((32, 64, 8, 2), (64, 32, 8, 2))
+_SQUARE = ((64, 64, 8, 2), (64, 64, 8, 2))
+_TINY = ((32, 32, 8, 1), (32, 32, 8, 1))
+_HEAVY = {
+    80: {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: _SMALL, 256: _TINY},
+    90: {16: _SQUARE, 32: _SQUARE, 64: _SQUARE, 128: _SMALL, 256: _TINY},
+    100: {16: _SQUARE, 32: _SQUARE, 64: _SQUARE, 128: _SMALL, 256: _TINY},
 }
-_EDGE = 32  # queries per step where the causal mask cuts: what a mask costs in registers is saved in the tile
+_BLOCKS = {80: _SQUARE, 90: ((32, 128, 8, 3), (128, 64, 8, 2)), 100: ((32, 64, 8, 2), (128, 64, 8, 2))}  # to width 128
+_EDGE = 32  # queries per step where a mask cuts: what a mask costs in registers is saved in the tile
 _MAX_BLOCK_M = 128
 
 
@@ -75,207 +83,22 @@ def _attention_stats_kernel(
     tl.store(delta_ptr + at, tl.where(dead, 0.0, delta))
 
 
-@triton.jit
-def _add_to_dkdv(
-    dk, dv, k, v, q_ptr, dout_ptr, norm_ptr, delta_ptr, stride_qs, stride_qh, stride_ds, stride_dh, lo, hi, first_query,
-    GROUP, S, S_padded, scale_log2,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds queries [lo, hi) of every head of the group to dk (unscaled) and dv. Key n is seen from first_query[n] on.
-
-    One loop over heads and tiles, so that loads run ahead from one head into the next; its order is fixed, so the sum is
-    repeatable. hi is S or lo plus whole tiles.
-    """
-    m = tl.arange(0, BLOCK_M)
-    rows = m.to(tl.int64)[:, None]
-    q_ptrs = q_ptr + rows * stride_qs + tl.arange(0, BLOCK_D)[None, :]
-    dout_ptrs = dout_ptr + rows * stride_ds + tl.arange(0, BLOCK_DV)[None, :]
-    column = (m.to(tl.float32) + 0.5) * 1048576.0
-    head = tl.zeros((), tl.int64)
-    start = lo
-    for _ in range(0, GROUP * tl.cdiv(hi - lo, BLOCK_M)):
-        query = start + m
-        start64 = start.to(tl.int64)
-        q = tl.load(q_ptrs + (head * stride_qh + start64 * stride_qs), other=0.0,
-                    mask=live(query, S, D, BLOCK_M, BLOCK_D, True))  # fmt: skip
-        dout = tl.load(dout_ptrs + (head * stride_dh + start64 * stride_ds), other=0.0,
-                       mask=live(query, S, DV, BLOCK_M, BLOCK_DV, True))  # fmt: skip
-        stats = head * S_padded + start64 + m
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        logits = scores * scale_log2 - tl.load(norm_ptr + stats)[None, :]
-        if MASKED:
-            # min with +-2^19 or more instead of a select: booleans of a whole tile cost 50 registers here.
-            behind = tl.maximum(tl.minimum(first_query - start, 65536), -65536).to(tl.float32) * 1048576.0
-            logits = tl.minimum(logits, column[None, :] - behind[:, None])
-        probs = tl.exp2(logits)
-        dv = tl.dot(probs.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dprobs = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        dscores = probs * (dprobs - tl.load(delta_ptr + stats)[None, :])
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
-        last = start + BLOCK_M >= hi
-        start = tl.where(last, lo, start + BLOCK_M)
-        head += last.to(tl.int64)
-    return dk, dv
-
-
-@triton.jit(do_not_specialize=["H", "GROUP", "S", "T", "heads", "section"])
-def _attention_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, norm_ptr, delta_ptr, dk_ptr, dv_ptr, lengths_ptr,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_db, stride_ds, stride_dh,
-    H, GROUP, S, S_padded, T, heads, section, scale, scale_log2,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CORNER: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_EDGE: tl.constexpr,
-):  # fmt: skip
-    # Under a causal mask the first keys are seen by the most queries: the longest tiles come first as they are.
-    head, tile = head_and_tile(tl.cdiv(T, BLOCK_N), heads, section, False)
-    H_kv = H // GROUP
-    b = (head // H_kv).to(tl.int64)
-    h_kv = (head % H_kv).to(tl.int64)
-    first = tile * BLOCK_N
-    key = first + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_DV)
-    limit, offset = key_limits(lengths_ptr, b, S, T, CORNER, HAS_LENGTHS)
-    rows = key.to(tl.int64)[:, None]
-    k = tl.load(k_ptr + b * stride_kb + h_kv * stride_kh + rows * stride_kt + d[None, :], other=0.0,
-                mask=live(key, limit, D, BLOCK_N, BLOCK_D, True))  # fmt: skip
-    v = tl.load(v_ptr + b * stride_vb + h_kv * stride_vh + rows * stride_vt + e[None, :], other=0.0,
-                mask=live(key, limit, DV, BLOCK_N, BLOCK_DV, True))  # fmt: skip
-
-    # Queries [lo, whole) see a part of this tile, those from whole on all of it (or, past the limit, nobody anything).
-    lo = tl.zeros((), tl.int32)
-    whole = tl.zeros((), tl.int32)
-    if CORNER != 0:
-        lo = tl.maximum(first - offset, 0) // BLOCK_EDGE * BLOCK_EDGE
-        whole = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - offset, 0), BLOCK_EDGE) * BLOCK_EDGE
-        whole = tl.minimum(whole, S)
-    if HAS_LENGTHS:
-        lo = tl.where(first < limit, lo, S)
-        whole = tl.where(first < limit, whole, S)
-
-    first_head = h_kv * GROUP
-    q_ptr += b * stride_qb + first_head * stride_qh
-    dout_ptr += b * stride_db + first_head * stride_dh
-    stats = (b * H + first_head) * S_padded
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    # Each loop stands in an `if` that rules out zero rounds: without it ptxas serialises the wgmma of the loop (C7515).
-    if CORNER != 0:  # noqa: SIM102 - the outer test is made at compile time
-        if lo < whole:
-            dk, dv = _add_to_dkdv(
-                dk, dv, k, v, q_ptr, dout_ptr, norm_ptr + stats, delta_ptr + stats,
-                stride_qs, stride_qh, stride_ds, stride_dh, lo, whole, key - offset, GROUP, S, S_padded, scale_log2,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_EDGE, True, PRECISION,
-            )  # fmt: skip
-    if whole < S:
-        dk, dv = _add_to_dkdv(
-            dk, dv, k, v, q_ptr, dout_ptr, norm_ptr + stats, delta_ptr + stats,
-            stride_qs, stride_qh, stride_ds, stride_dh, whole, S, key - offset, GROUP, S, S_padded, scale_log2,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, False, PRECISION,
-        )  # fmt: skip
-
-    # Rows past the limit were computed from zeros instead of keys and belong to nobody. Positions within the tile are made
-    # anew here, in 32 bits: nothing to keep in registers through the loops.
-    n = tl.arange(0, BLOCK_N)
-    seen = (n < limit - first)[:, None]
-    base = (b * T + first) * H_kv + h_kv
-    tl.store(dk_ptr + base * D + (n[:, None] * (H_kv * D) + d[None, :]),
-             tl.where(seen, dk * scale, 0.0).to(dk_ptr.dtype.element_ty),
-             mask=live(n, T - first, D, BLOCK_N, BLOCK_D, True))  # fmt: skip
-    tl.store(dv_ptr + base * DV + (n[:, None] * (H_kv * DV) + e[None, :]),
-             tl.where(seen, dv, 0.0).to(dv_ptr.dtype.element_ty),
-             mask=live(n, T - first, DV, BLOCK_N, BLOCK_DV, True))  # fmt: skip
-
-
-@triton.jit
-def _add_to_dq(
-    dq, q, dout, norm, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, lo, hi, query, limit, offset, scale_log2,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    CORNER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds the key tiles [lo, hi) to dq (unscaled)."""
-    for start in range(lo, hi, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        k = tl.load(k_ptrs + tl.cast(start, tl.int64) * stride_kt, other=0.0,
-                    mask=live(key, limit, D, BLOCK_N, BLOCK_D, MASKED))  # fmt: skip
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        probs = tl.exp2(scores * scale_log2 - norm[:, None])
-        if MASKED:
-            probs = tl.where(visible(query[:, None], key[None, :], limit, offset, CORNER), probs, 0.0)
-        v = tl.load(v_ptrs + tl.cast(start, tl.int64) * stride_vt, other=0.0,
-                    mask=live(key, limit, DV, BLOCK_N, BLOCK_DV, MASKED))  # fmt: skip
-        dprobs = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        dscores = probs * (dprobs - delta[:, None])
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
-    return dq
-
-
-@triton.jit(do_not_specialize=["H", "GROUP", "S", "T", "heads", "section"])
-def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, norm_ptr, delta_ptr, dq_ptr, lengths_ptr,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_db, stride_ds, stride_dh,
-    H, GROUP, S, S_padded, T, heads, section, scale, scale_log2,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CORNER: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    head, tile = head_and_tile(tl.cdiv(S, BLOCK_M), heads, section, CORNER != 0)
-    b = (head // H).to(tl.int64)
-    h = (head % H).to(tl.int64)
-    h_kv = h // GROUP
-    first = tile * BLOCK_M
-    query = first + tl.arange(0, BLOCK_M)
-    rows = query.to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_DV)
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    limit, offset = key_limits(lengths_ptr, b, S, T, CORNER, HAS_LENGTHS)
-    stats = head.to(tl.int64) * S_padded
-    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows[:, None] * stride_qs + d[None, :],
-                mask=live(query, S, D, BLOCK_M, BLOCK_D, True), other=0.0)  # fmt: skip
-    dout = tl.load(dout_ptr + b * stride_db + h * stride_dh + rows[:, None] * stride_ds + e[None, :],
-                   mask=live(query, S, DV, BLOCK_M, BLOCK_DV, True), other=0.0)  # fmt: skip
-    norm = tl.load(norm_ptr + stats + query)
-    delta = tl.load(delta_ptr + stats + query)
-    k_ptrs = k_ptr + b * stride_kb + h_kv * stride_kh + n[:, None] * stride_kt + d[None, :]
-    v_ptrs = v_ptr + b * stride_vb + h_kv * stride_vh + n[:, None] * stride_vt + e[None, :]
-
-    hi = limit  # keys that some query of the tile sees
-    whole = limit  # keys that all of them see
-    if CORNER != 0:
-        hi = tl.minimum(limit, tl.maximum(tl.minimum(first + BLOCK_M, S) + offset, 0))
-        whole = tl.minimum(limit, tl.maximum(first + offset + 1, 0))
-    whole = whole // BLOCK_N * BLOCK_N
-
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if whole > 0:
-        dq = _add_to_dq(
-            dq, q, dout, norm, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, whole, query, limit, offset, scale_log2,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CORNER, False, PRECISION,
-        )  # fmt: skip
-    if whole < hi:
-        dq = _add_to_dq(
-            dq, q, dout, norm, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, whole, hi, query, limit, offset, scale_log2,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CORNER, True, PRECISION,
-        )  # fmt: skip
-    m = tl.arange(0, BLOCK_M)
-    tl.store(dq_ptr + ((b * S + first) * H + h) * D + (m[:, None] * (H * D) + d[None, :]),
-             (dq * scale).to(dq_ptr.dtype.element_ty),
-             mask=live(m, S - first, D, BLOCK_M, BLOCK_D, True))  # fmt: skip
-
-
-def _settings(q, block):
+def _settings(a: Arguments, block: int):
     """(BLOCK_M, BLOCK_N, num_warps, num_stages) of dK dV and of dQ for padded head width `block`."""
-    memory = shared_memory(q.device)
-    if memory == 0:
+    machine = generation(a.q.device)
+    if machine == 0:
         return (16, 16, 4, 1), (16, 16, 4, 1)
-    if q.dtype == torch.float32:  # twice the bytes, and products without tensor cores
+    if a.q.dtype == torch.float32:  # twice the bytes, and products without tensor cores
         return ((16, 32, 8, 2), (32, 16, 8, 2)) if block <= 128 else ((16, 16, 8, 2), (16, 16, 8, 2))
-    return (_LARGE if memory >= LARGE_MEMORY else _SMALL)[block]
+    kind = settings_class(a)
+    if kind == "heavy" or (kind == "blocks" and block > 128):
+        return _HEAVY[machine][block]
+    if kind == "blocks":
+        return _BLOCKS[machine]
+    dkdv, dq = _HOT[machine][block]
+    if a.left >= 0:  # one more edge, and its registers
+        dkdv = (32, *dkdv[1:])
+    return dkdv, dq
 
 
 def _stats(dout, dlse, o, lse):
@@ -293,36 +116,53 @@ def _stats(dout, dlse, o, lse):
     return stats[0], stats[1]
 
 
-def attention_bwd(dout, dlse, q, k, v, o, lse, key_lengths, corner, scale):
-    """-> dq [B, S, H, Dh], dk [B, T, H_kv, Dh], dv [B, T, H_kv, Dv] in q's dtype."""
-    q, k, v, dout, o = unit_rows(q), unit_rows(k), unit_rows(v), unit_rows(dout), o.contiguous()
-    B, S, H, D = q.shape
-    T, H_kv, DV = v.shape[1:]
-    dq = torch.empty((B, S, H, D), dtype=q.dtype, device=q.device)
-    dk = torch.empty((B, T, H_kv, D), dtype=k.dtype, device=k.device)
-    dv = torch.empty((B, T, H_kv, DV), dtype=v.dtype, device=v.device)
-    if dq.numel() == 0 or T == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+def attention_bwd(dout, dlse, o, lse, wanted, *args):
+    """-> dq [B, S, H, Dh], dk [B, T, H_kv, Dh], dv [B, T, H_kv, Dv] in q's dtype; dbias, ddistances, dsinks, [0] if not wanted.
+
+    args: ops.attention_reference.Call. wanted: whether the last three are.
+    """
+    a = Arguments.of(*args)
+    dout, o = unit_rows(dout), o.contiguous()
+    B, S, H, D = a.q.shape
+    T, H_kv, DV = a.v.shape[1:]
+    dq = torch.empty((B, S, H, D), dtype=a.q.dtype, device=a.q.device)
+    dk = torch.empty((B, T, H_kv, D), dtype=a.q.dtype, device=a.q.device)
+    dv = torch.empty((B, T, H_kv, DV), dtype=a.q.dtype, device=a.q.device)
+    if dq.numel() == 0 or T == 0 or a.sequences == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), *(_nothing(x, a.q) if not w else torch.empty_like(x).zero_()
+                                                     for x, w in zip((a.bias, a.distances, a.sinks), wanted))  # fmt: skip
     norm, delta = _stats(dout, dlse, o, lse)
-    lengths = lse if key_lengths is None else key_lengths.contiguous()
     block_d, block_dv = padded(D), padded(DV)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    tensors = (a.q, a.k, a.v, dout, norm, delta)
+    strides = (*a.strides(), *dout.stride()[:3])
     options = {
-        "D": D, "DV": DV, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "CORNER": corner,
-        "HAS_LENGTHS": key_lengths is not None, "PRECISION": dot_precision(q.dtype),
+        "D": D, "DV": DV, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "MASKED": a.masked_blocks,
+        "PRECISION": dot_precision(a.q.dtype),
     }  # fmt: skip
-    row_bytes = (D + DV) * q.element_size()
-    (m1, n1, warps1, stages1), (m2, n2, warps2, stages2) = _settings(q, max(block_d, block_dv))
+    row_bytes = (D + DV) * a.q.element_size()
+    (m1, n1, warps1, stages1), (m2, n2, warps2, stages2) = _settings(a, max(block_d, block_dv))
+    rule = rule_of(a, "columns")
+    if rule.blocks is not None:
+        m1, n1, m2, n2 = (min(n, most) for n, most in zip((m1, n1, m2, n2), (rule.block_q, rule.block_k) * 2))
     section = heads_per_section(B * H_kv, S, row_bytes * (H // H_kv))
-    _attention_dkdv_kernel[(triton.cdiv(T, n1) * B * H_kv,)](
-        q, k, v, dout, norm, delta, dk, dv, lengths, *strides,
-        H, H // H_kv, S, norm.shape[2], T, B * H_kv, section, scale, scale * LOG2E.value,
+    _attention_dkdv_kernel[((triton.cdiv(T, n1) + a.extra_tiles) * B * H_kv,)](
+        *tensors, dk, dv, *strides, rule, H, H // H_kv, S, norm.shape[2], T, B * H_kv, section, a.scale,
         **options, BLOCK_M=m1, BLOCK_N=n1, BLOCK_EDGE=min(m1, _EDGE), num_warps=warps1, num_stages=stages1,
     )  # fmt: skip
+    rule = rule_of(a, "rows")
     section = heads_per_section(B * H_kv, T, row_bytes) * (H // H_kv)
-    _attention_dq_kernel[(triton.cdiv(S, m2) * B * H,)](
-        q, k, v, dout, norm, delta, dq, lengths, *strides,
-        H, H // H_kv, S, norm.shape[2], T, B * H, section, scale, scale * LOG2E.value,
-        **options, BLOCK_M=m2, BLOCK_N=n2, num_warps=warps2, num_stages=stages2,
+    _attention_dq_kernel[((triton.cdiv(S, m2) + a.extra_tiles) * B * H,)](
+        *tensors, dq, *strides, rule, H, H // H_kv, S, norm.shape[2], T, B * H, section, a.scale,
+        **options, LAST_FIRST=a.right == 0, BLOCK_M=m2, BLOCK_N=n2, num_warps=warps2, num_stages=stages2,
     )  # fmt: skip
-    return dq, dk, dv
+    dbias = bias_bwd(a, rule, tensors, strides, options) if wanted[0] else _nothing(a.bias, a.q)
+    ddistances = distances_bwd(a, rule, tensors, strides, options) if wanted[1] else _nothing(a.distances, a.q)
+    dsinks = _nothing(a.sinks, a.q)
+    if wanted[2]:  # the sink's own weight, times the gradient of its logit
+        weight = torch.exp2(a.sinks.float()[:, None] * LOG2E.value - norm)
+        dsinks = -(weight * delta).sum((0, 2)).to(a.sinks.dtype)
+    return dq, dk, dv, dbias, ddistances, dsinks
+
+
+def _nothing(x, q):
+    return torch.empty(0, dtype=(q if x is None else x).dtype, device=q.device)

@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Aot, Bench, Provider, meta, ours, plain
 from fastlm import ops
+from fastlm.ops.attention_reference import Extras
 
 
 def make(dtype, device, B, S, H, H_kv, width, causal=True):
@@ -85,21 +86,64 @@ BENCH = Bench(
 )
 
 
-def _aot(width, corner, dtype=torch.bfloat16, H=32, H_kv=8, S=4096):
-    """Forward and backward at one head width; corner 0: every key, 1: causal, last query at the last key."""
-    q, k = meta(2, S, H, width, dtype=dtype), meta(2, S, H_kv, width, dtype=dtype)
-    lse, scale = meta(2, H, S, dtype=torch.float32), width**-0.5
-    return [
-        Aot("attention:attention_fwd", q, k, k, None, corner, scale),
-        Aot("attention_bwd:attention_bwd", q, None, q, k, k, q, lse, None, corner, scale),
-    ]
+def _aot(width, causal, dtype=torch.bfloat16, H=32, H_kv=8, S=4096, left=-1, softcap=0.0, packed=False, **small):
+    """Forward and backward at one head width. small: what to add, see Call and Extras."""
+    B, rows = (1, 2 * S) if packed else (2, S)
+    q, k = meta(B, rows, H, width, dtype=dtype), meta(B, rows, H_kv, width, dtype=dtype)
+    lse, scale = meta(B, H, rows, dtype=torch.float32), width**-0.5
+    per_head = [small.pop(name, None) for name in ("bias", "distances", "sinks")]
+    if packed:
+        cu = meta(9, dtype=torch.int32)
+        small |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    dropout = 0.1 if "seed" in small else 0.0
+    call = (
+        q,
+        k,
+        k,
+        None,
+        *per_head,
+        Extras(**small).listed(),
+        bool(causal),
+        left,
+        0 if causal else -1,
+        scale,
+        softcap,
+        dropout,
+    )
+    wanted = [x is not None for x in per_head]
+    return [Aot("attention:attention_fwd", *call), Aot("attention_bwd:attention_bwd", q, None, q, lse, wanted, *call)]
 
 
+def _blocks(S, block=128):
+    """The tensors of a block mask of S x S, one list for all heads, half of its blocks live."""
+    lines = S // block
+    counts = [meta(1, 1, lines, dtype=torch.int32)] * 2 + [meta(1, 1, lines, lines // 2, dtype=torch.int32)] * 2
+    names = [f"{side}_{part}" for side in ("row", "column") for part in ("count", "partial", "index", "pattern")]
+    return dict(zip(names, counts * 2), patterns=meta(8, block, block, dtype=torch.uint8))
+
+
+HEADS = {"dtype": torch.float32}
 AOT = [
-    *_aot(64, 1),
-    *_aot(128, 0),
-    *_aot(128, 1),
-    *_aot(256, 1),
-    *_aot(80, 1),
-    *_aot(64, 1, torch.float32),
+    # The hot class: causal, window, packed, GQA, softcap, sinks.
+    *_aot(64, True),
+    *_aot(128, False),
+    *_aot(128, True),
+    *_aot(256, True),
+    *_aot(80, True),
+    *_aot(64, True, torch.float32),
+    *_aot(64, True, left=1024, softcap=30.0, packed=True, sinks=meta(32)),
+    *_aot(128, True, left=1024, packed=True, sinks=meta(32)),
+    *_aot(128, True, softcap=50.0),
+    # The second class.
+    *_aot(64, False, bias=meta(1, 32, 4096, 4096)),
+    *_aot(64, False, distances=meta(32, 257)),
+    *_aot(128, True, alibi_slopes=meta(32, **HEADS), seed=meta(2, dtype=torch.int64)),
+    *_aot(128, True, **_blocks(4096)),
+    *_aot(
+        64,
+        True,
+        prefix_lengths=meta(2, dtype=torch.int32),
+        documents_q=meta(2, 4096, dtype=torch.int32),
+        documents_k=meta(2, 4096, dtype=torch.int32),
+    ),
 ]

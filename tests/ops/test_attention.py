@@ -261,28 +261,41 @@ def test_strides_past_two_to_the_31(axis, device):
 
 
 BUGS = {
-    "forward: no scale": ("attention", "section, scale * LOG2E", "section, LOG2E"),
+    "forward: no scale": ("attention", "factor = scale * LOG2E", "factor = LOG2E"),
     "forward: sum not shrunk": ("attention", "total * shrink + tl.sum(probs, 1)", "total + tl.sum(probs, 1)"),
-    "forward: mask forgotten": ("attention", "if MASKED:\n            scores", "if D < 0:\n            scores"),
-    "forward: another head's keys": ("attention", "h_kv = h // GROUP", "h_kv = h % (H // GROUP)"),
-    "forward: last query unwritten": ("attention", "lse, mask=m < S - first)", "lse, mask=m < S - first - 1)"),
-    "dk: no scale": ("attention_bwd", "tl.where(seen, dk * scale, 0.0)", "tl.where(seen, dk, 0.0)"),
-    "dq: no scale": ("attention_bwd", "(dq * scale)", "(dq)"),
-    "forward: wrong corner": ("attention", "S, T, CORNER, HAS_LENGTHS)", "S, T, 2 * CORNER, HAS_LENGTHS)"),
-    "forward: output tail unwritten": ("attention", "mask=live(m, S - first, DV", "mask=live(m, S - first - 1, DV"),
-    "dk dv: wrong corner": ("attention_bwd", "whole, key - offset,", "whole, key,"),
-    "dk dv: tail unwritten": ("attention_bwd", "mask=live(n, T - first, D,", "mask=live(n, T - first - 1, D,"),
-    "dq: tail unwritten": ("attention_bwd", "mask=live(m, S - first, D,", "mask=live(m, S - first - 1, D,"),
-    "dq: another head's keys": ("attention_bwd", "h_kv = h // GROUP", "h_kv = h % (H // GROUP)"),
-    "dlse dropped": ("attention_bwd", "delta -= tl.load(dlse_ptr", "delta -= 0 * tl.load(dlse_ptr"),
-    "delta dropped": ("attention_bwd", "(dprobs - delta[:, None])", "dprobs"),
+    "forward: mask forgotten": ("attention", "if MASKED:\n        scores", "if D < 0:\n        scores"),
+    "forward: another head's keys": ("attention", "h_kv = place.h // GROUP", "h_kv = place.h % (H // GROUP)"),
+    "forward: last query unwritten": ("attention", "lse, mask=m < rest)", "lse, mask=m < rest - 1)"),
+    "forward: output tail unwritten": ("attention", "mask=live(m, rest, DV", "mask=live(m, rest - 1, DV"),
+    "wrong corner": ("attention_common", "offset = limit - length", "offset = 0"),
+    "range of keys too short": ("attention_common", "hi, tl.maximum(last + place", "hi, tl.maximum(first + place"),
+    "mask off by one": ("attention_common", "key <= query + (place", "key < query + (place"),
+    "dk: no scale": ("attention_dkdv", "tl.where(seen, dk * scale, 0.0)", "tl.where(seen, dk, 0.0)"),
+    "dk dv: tail unwritten": (
+        "attention_dkdv",
+        "mask=live(n, length - first, D,",
+        "mask=live(n, length - first - 1, D,",
+    ),
     "dk dv: first head of the group only": (
-        "attention_bwd",
+        "attention_dkdv",
         "GROUP * tl.cdiv(hi - lo, BLOCK_M)",
         "tl.cdiv(hi - lo, BLOCK_M)",
     ),
-    "dq: mask off by one": ("attention_bwd", "visible(query[:, None], key", "visible(query[:, None] - 1, key"),
-    "dk dv: mask off by one": ("attention_bwd", "first_query - start", "first_query - start + 1"),
+    "dk dv: mask off by one": (
+        "attention_dkdv",
+        "(place.offset + rule.right) - start",
+        "(place.offset + rule.right) + 1 - start",
+    ),
+    "dk dv: range of queries too short": (
+        "attention_common",
+        "lo = tl.maximum(first - place.offset - rule.right, 0)",
+        "lo = tl.maximum(first + BLOCK - place.offset - rule.right, 0)",
+    ),
+    "dq: no scale": ("attention_dq", "(dq * scale)", "(dq)"),
+    "dq: tail unwritten": ("attention_dq", "mask=live(m, place.S - first, D,", "mask=live(m, place.S - first - 1, D,"),
+    "dq: another head's keys": ("attention_dq", "h_kv = place.h // GROUP", "h_kv = place.h % (H // GROUP)"),
+    "dlse dropped": ("attention_bwd", "delta -= tl.load(dlse_ptr", "delta -= 0 * tl.load(dlse_ptr"),
+    "delta dropped": ("attention_dq", "(dprobs - delta[:, None])", "dprobs"),
 }
 
 
@@ -295,7 +308,7 @@ def test_planted_bug_is_seen(name, device):
 
 def test_write_outside_a_tensor_is_seen(device):
     # Only under guard bands: without them this bug corrupts the process.
-    bug = planted_bug("attention", "lse, mask=m < S - first)", "lse, mask=m < S - first + 3)")
+    bug = planted_bug("attention", "lse, mask=m < rest)", "lse, mask=m < rest + 3)")
     with bug, pytest.raises(AssertionError, match="wrote outside"):
         check_guards(LSE, "triton", device)
 

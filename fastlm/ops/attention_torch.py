@@ -1,0 +1,133 @@
+"""Attention's torch form: F.scaled_dot_product_attention, with a mask where its own flags do not reach."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.ops import attention_cpu
+from fastlm.ops._op import host_values
+from fastlm.ops.attention_reference import Call, Extras, added_scores, reference, who_sees_whom, without_hidden_keys
+
+
+def reason_against(call: Call, return_lse: bool) -> str | None:
+    """Why SDPA cannot serve this call, or None."""
+    if return_lse:
+        return "torch's attention returns no differentiable log-sum-exp"
+    for name, given in (("softcap", call.softcap), ("dropout_p", call.dropout), ("sinks", call.sinks is not None)):
+        if given:
+            return f"torch's attention has no {name}" + (" with this library's random numbers" * (name == "dropout_p"))
+    if call.extras and Extras(*call.extras).cu_seqlens_q is not None:
+        if len(call.extras) - call.extras.count(None) > 2 or call.bias is not None or call.distances is not None:
+            return "it takes packed sequences one by one, and only with causal, window and scale"
+        if host_values(Extras(*call.extras).cu_seqlens_q) is None:
+            return "it takes packed sequences one by one, and cannot read cu_seqlens without a wait or a graph break"
+        if call.key_lengths is not None:
+            return "it takes packed sequences without key_lengths"
+    return None
+
+
+def attend(*args) -> Tensor:
+    """attention(*Call, return_lse=False)."""
+    call = Call(*args[:-1])
+    if call.bias is not None or call.distances is not None or call.extras:
+        return _packed(call) if call.extras and Extras(*call.extras).cu_seqlens_q is not None else _masked(call)
+    lengths = None if call.key_lengths is None else host_values(call.key_lengths)
+    if call.key_lengths is not None and lengths is None:
+        return _masked(call)  # lengths that the host must not read: a GPU, a traced graph
+    q, k, v = call.q, call.k, call.v
+    band = call.align_end, call.left, call.right
+    if lengths is None:
+        return _sdpa(q, k, v, *band, call.scale)
+    if len(set(lengths)) <= 1:
+        T = lengths[0] if lengths else 0
+        return _sdpa(q, k[:, :T], v[:, :T], *band, call.scale)
+    # One call per row of the batch, cut to its length: no mask, no work on keys that nobody sees.
+    rows = zip(q.split(1), k.split(1), v.split(1), lengths)
+    return torch.cat([_sdpa(q, k[:, :T], v[:, :T], *band, call.scale) for q, k, v, T in rows])
+
+
+def _packed(call: Call) -> Tensor:
+    """One call per sequence."""
+    extras = Extras(*call.extras)
+    sizes = [torch.as_tensor(cu).diff().tolist() for cu in (extras.cu_seqlens_q, extras.cu_seqlens_k)]
+    parts = zip(call.q.split(sizes[0], 1), call.k.split(sizes[1], 1), call.v.split(sizes[1], 1))
+    band = call.align_end, call.left, call.right
+    found = [_sdpa(q, k, v, *band, call.scale) for q, k, v in parts]
+    return torch.cat(found, 1) if found else call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
+
+
+def _decided(condition):
+    """A plain bool for SDPA's flags: torch.compile passes its symbols through bool(), but guards on a branch."""
+    if condition:  # noqa: SIM103
+        return True
+    return False
+
+
+def _sdpa(q, k, v, align_end, left, right, scale):
+    """F.scaled_dot_product_attention on transposed views; every key of k is visible to someone or cut off here."""
+    S, T = q.shape[1], k.shape[1]
+    if left >= 0 or right > 0:
+        return _masked(Call(q, k, v, None, None, None, None, [], align_end, left, right, scale, 0.0, 0.0))
+    causal = right == 0
+    if S == 1 and q.device.type == "cpu":
+        first_only = causal and not align_end
+        return _sdpa_one_query(q, k[:, :1] if first_only else k, v[:, :1] if first_only else v, scale)
+    if causal and align_end and S > T:  # the first rows see nothing
+        live = _sdpa(q[:, S - T :], k, v, align_end, left, right, scale)
+        return torch.cat([live.new_zeros(q.shape[0], S - T, q.shape[2], v.shape[3]), live], 1)
+    if causal and not align_end and S < T:  # the last keys are seen by nobody
+        k, v, T = k[:, :S], v[:, :S], S
+    # torch's is_causal means top-left; on a square the two corners are one.
+    square = causal and _decided(S == T)
+    if square and attention_cpu.serves(q, k, v):
+        return attention_cpu.causal(q, k, v, scale, _causal_reference)
+    mask = None
+    if causal and not square:
+        mask = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S if align_end else 0)
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=mask, is_causal=square, scale=scale, enable_gqa=_decided(q.shape[2] != k.shape[2]),
+    ).transpose(1, 2)  # fmt: skip
+
+
+def _causal_reference(q, k, v, scale):
+    return reference(q, k, v, None, None, None, None, [], True, -1, 0, scale, 0.0, 0.0, False)
+
+
+def _sdpa_one_query(q, k, v, scale):
+    """Decoding on the CPU: the query heads of a group become queries of one head.
+
+    A product with one row is slow there in 16 bits: measured 3.6x (T 128) to 6x (T 1024) with three heads to a group, and
+    1.5x to 1.8x for ungrouped heads by writing the query twice (a view) and dropping the second answer.
+    """
+    B, _, H, D = q.shape
+    rows = q.reshape(B, k.shape[2], H // k.shape[2], D)
+    alone = rows.shape[2] == 1 and q.dtype.itemsize == 2
+    if alone:
+        rows = rows.expand(-1, -1, 2, -1)
+    out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return (out[:, :, :1] if alone else out).reshape(B, 1, H, v.shape[3])
+
+
+def _masked(call: Call) -> Tensor:
+    """With a mask, of numbers where something is added to the scores; rows that see nothing are put right."""
+    q = call.q
+    seen = who_sees_whom(call)
+    added = added_scores(call)
+    if added is not None:
+        seen = seen & (added != float("-inf"))
+    dead = ~seen.any(-1, keepdim=True)
+    mask = seen | dead
+    if added is not None:
+        mask = added.masked_fill(~mask, float("-inf")).masked_fill(
+            dead, 0
+        )  # stays fp32: rounded, it would move sharp scores
+    k, v = without_hidden_keys(call, call.k), without_hidden_keys(call, call.v)
+    mask = mask.expand(-1, -1, q.shape[1], k.shape[1])
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=mask, scale=call.scale, enable_gqa=_decided(q.shape[2] != k.shape[2]),
+    )  # fmt: skip
+    return out.masked_fill(dead, 0).transpose(1, 2)
