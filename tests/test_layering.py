@@ -222,7 +222,7 @@ def test_import_is_light():
 def public_ops() -> dict:
     from fastlm import ops
 
-    helpers = {"explain", "use_backend"}
+    helpers = {"explain", "use_backend", "attention_weights", "received_attention"}  # the last two: plain torch only
     return {n: getattr(ops, n) for n in ops.__all__ if inspect.isfunction(getattr(ops, n)) and n not in helpers}
 
 

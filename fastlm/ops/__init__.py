@@ -4,20 +4,27 @@ from fastlm.ops._op import Explanation, explain, use_backend
 from fastlm.ops.activation import activation, glu
 from fastlm.ops.adamw import adamw_
 from fastlm.ops.attention import attention
+from fastlm.ops.attention_maps import attention_weights, received_attention
+from fastlm.ops.attention_options import RelativeBias
+from fastlm.ops.block_mask import BlockMask
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import rotary
 
 __all__ = [
+    "BlockMask",
     "Explanation",
+    "RelativeBias",
     "activation",
     "adamw_",
     "attention",
+    "attention_weights",
     "explain",
     "glu",
     "layer_norm",
     "linear_cross_entropy",
+    "received_attention",
     "rms_norm",
     "rotary",
     "use_backend",
