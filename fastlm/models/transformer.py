@@ -14,7 +14,7 @@ from fastlm import ops
 from fastlm.errors import UserError
 from fastlm.models.config import TransformerConfig
 from fastlm.models.rope import rope_tables
-from fastlm.nn import KVCache, LayerNorm, RMSNorm
+from fastlm.nn import KVCache, LayerNorm, RMSNorm, attend
 
 
 class Attention(nn.Module):
@@ -36,7 +36,7 @@ class Attention(nn.Module):
             q, k = ops.rotary(q, k, place.cos, place.sin, positions=place.positions)
         if place.cache is not None:
             k, v = place.cache.append(layer, k, v)
-        y = ops.attention(q, k, v, causal=True, key_lengths=place.key_lengths)
+        y = attend(self, q, k, v, causal=True, key_lengths=place.key_lengths)
         return self.out(y.reshape(B, S, -1))
 
 

@@ -1,6 +1,20 @@
-"""Modules over the ops, with the state dicts of torch's own, and the key/value cache."""
+"""Modules over the ops: drop-in layers with the state dicts of torch's own, and the key/value cache."""
 
+from fastlm.nn import transformers
+from fastlm.nn.attention import Attention, alibi_slopes
 from fastlm.nn.cache import KVCache
+from fastlm.nn.multihead_attention import MultiheadAttention
 from fastlm.nn.norm import LayerNorm, RMSNorm
+from fastlm.nn.recording import attend, record_attention
 
-__all__ = ["KVCache", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "Attention",
+    "KVCache",
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "alibi_slopes",
+    "attend",
+    "record_attention",
+    "transformers",
+]
