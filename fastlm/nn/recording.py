@@ -16,7 +16,10 @@ _LISTENER = "attention_listener"
 
 
 def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """ops.attention(q, k, v, **options) on behalf of `module`, into which `record_attention` can then look."""
+    """ops.attention(q, k, v, **options), with its arguments, results and errors, called on behalf of `module`.
+
+    A module that calls this instead of the op can be looked into by `record_attention`.
+    """
     listener = getattr(module, _LISTENER, None)
     if listener is not None:
         listener(q, k, options)
@@ -39,7 +42,7 @@ def record_attention(
         maps["blocks.0.attention"]["received"]  # [B, H, T]
 
     The maps are computed from the queries and keys that the layer has at hand, at the price of one more product of the two;
-    nothing is run twice, the model's own results do not change.
+    nothing is run twice, the model's own results do not change. A compiled model is compiled once more for it.
 
     Args:
         model: any module whose attention goes through `fastlm.nn.attend`: fastlm.Transformer, nn.Attention,

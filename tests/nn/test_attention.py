@@ -147,10 +147,7 @@ def test_inside_torchs_encoder_layer():
     twin = copy.deepcopy(layer)
     twin.self_attn = nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)
     twin.self_attn.load_state_dict(layer.self_attn.state_dict())
-    x, mask = (
-        torch.randn(N, L, E).double(),
-        torch.nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64),
-    )
+    x, mask = torch.randn(N, L, E).double(), torch.ones(L, L, dtype=torch.bool).triu(1)
     padding = torch.tensor([[False] * L, [False] * 3 + [True] * (L - 3)])
     torch.testing.assert_close(twin(x, mask, padding, is_causal=True), layer(x, mask, padding, is_causal=True))
 

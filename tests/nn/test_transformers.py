@@ -124,6 +124,15 @@ def test_exact_in_fp64(name, padding, backend, monkeypatch):
     compare(*pair(name, EXACT[name], torch.float64), *batch(name, padding), 1e-10)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss", "t5"])
+def test_on_the_kernels(name, device, monkeypatch):
+    plain = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *args, **options: plain(*args, **options, backend="triton"))
+    theirs, ours = (model.to(device) for model in pair(name))
+    args, live = batch(name, "left")
+    compare(theirs, ours, {key: x.to(device) for key, x in args.items()}, live.to(device), 1e-5)
+
+
 @pytest.mark.parametrize("padding", [None, "left"])
 @pytest.mark.parametrize("name", [*DECODERS, "t5"])
 def test_generate(name, padding):
