@@ -130,20 +130,24 @@ def _run(fn: Callable, args: tuple, seed: int = 1) -> tuple[tuple, tuple]:
     return outs, torch.autograd.grad(live, _grad_inputs(args), cotangents, allow_unused=True)
 
 
-def check_accuracy(case: Case, backend: str, dtype: torch.dtype, device: str, args: tuple | None = None) -> None:
-    """Forward and every gradient under the accuracy rule."""
-    args = case.make(dtype, device) if args is None else args
+def check_accuracy(
+    case: Case, backend: str, dtype: torch.dtype, device: str, args: tuple | list[tuple] | None = None
+) -> None:
+    """Forward and every gradient under the accuracy rule. A list of several args is judged together: for results of few
+    elements, where the error of a single draw of plain torch may be small by chance."""
+    draws = args if isinstance(args, list) else [case.make(dtype, device) if args is None else args]
     plain = case.plain or (lambda *a: case.fn(*a, backend="reference"))
     # Compared against what fp64 makes of the very same (rounded) inputs.
-    exact_out, exact_grad = _run(lambda *a: case.fn(*a, backend="reference"), _cast(args, torch.float64))
-    plain_out, plain_grad = _run(plain, args)
-    out, grad = _run(lambda *a: case.fn(*a, backend=backend), args)
-    for kind, got, exact, base in (("output", out, exact_out, plain_out), ("gradient", grad, exact_grad, plain_grad)):
-        assert len(got) == len(exact), f"{len(got)} {kind}s, expected {len(exact)}"
-        for i, (g, e, b) in enumerate(zip(got, exact, base)):
-            if e is not None:
-                assert g is not None, f"{case.op} {backend}: {kind} {i} is missing"
-                assert_accurate(g, e, b, f"{case.op} {backend} {dtype}: {kind} {i}")
+    exact = [_run(lambda *a: case.fn(*a, backend="reference"), _cast(a, torch.float64)) for a in draws]
+    base = [_run(plain, a) for a in draws]
+    found = [_run(lambda *a: case.fn(*a, backend=backend), a) for a in draws]
+    for part, kind in enumerate(("output", "gradient")):
+        columns = [list(zip(*(run[part] for run in runs))) for runs in (found, exact, base)]
+        assert len(columns[0]) == len(columns[1]), f"{len(columns[0])} {kind}s, expected {len(columns[1])}"
+        for i, (g, e, b) in enumerate(zip(*columns)):
+            if e[0] is not None:
+                assert g[0] is not None, f"{case.op} {backend}: {kind} {i} is missing"
+                assert_accurate(*map(torch.stack, (g, e, b)), f"{case.op} {backend} {dtype}: {kind} {i}")
 
 
 def _cast(args: tuple, dtype: torch.dtype) -> tuple:

@@ -18,6 +18,7 @@ from .attention_common import (
     dot_precision,
     generation,
     heads_per_section,
+    interpreted_block,
     kept,
     key_range,
     live,
@@ -214,7 +215,8 @@ def _settings(a: Arguments, block: int) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps, num_stages) for padded head width `block`."""
     machine = generation(a.q.device)
     if machine == 0:
-        return 16, 16, 4, 1
+        block = interpreted_block(a.q.shape[1], a.k.shape[1])
+        return block, block, 4, 1
     if a.q.dtype == torch.float32:  # twice the bytes, and products without tensor cores
         return (64, 32, 8, 2) if block <= 64 else (32, 32, 8, 2) if block <= 128 else (16, 32, 8, 2)
     kind = settings_class(a)

@@ -19,6 +19,7 @@ from .attention_common import (
     dot_precision,
     generation,
     heads_per_section,
+    interpreted_block,
     live,
     padded,
     unit_rows,
@@ -87,7 +88,8 @@ def _settings(a: Arguments, block: int):
     """(BLOCK_M, BLOCK_N, num_warps, num_stages) of dK dV and of dQ for padded head width `block`."""
     machine = generation(a.q.device)
     if machine == 0:
-        return (16, 16, 4, 1), (16, 16, 4, 1)
+        block = interpreted_block(a.q.shape[1], a.k.shape[1])
+        return ((block, block, 4, 1),) * 2
     if a.q.dtype == torch.float32:  # twice the bytes, and products without tensor cores
         return ((16, 32, 8, 2), (32, 16, 8, 2)) if block <= 128 else ((16, 16, 8, 2), (16, 16, 8, 2))
     kind = settings_class(a)

@@ -396,6 +396,11 @@ def heads_per_section(heads: int, length: int, row_bytes: int) -> int:
     return max(1, min(heads, (24 << 20) // max(1, length * row_bytes)))
 
 
+def interpreted_block(S: int, T: int) -> int:
+    """Tile for the interpreter, where a tile costs the same whatever its size: small enough for several of them."""
+    return 16 if max(S, T) <= 32 else 32
+
+
 @cache
 def _generation(index: int) -> int:
     found = torch.cuda.get_device_properties(index)
