@@ -1,0 +1,393 @@
+"""What attention's features promise beyond accuracy (test_attention_matrix.py): contract, dead rows, randomness, errors."""
+
+import math
+
+import pytest
+import torch
+
+from fastlm import ops
+from fastlm.ops.attention_reference import kept, philox
+from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, planted_bug, poison_empty
+from tests.ops import attention_matrix as matrix
+
+BACKENDS = ("reference", "torch", "triton")
+
+
+def _randn(*shape, dtype=torch.float32, device="cpu"):
+    return torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
+
+
+def _qkv(S=17, T=23, B=2, H=2, H_kv=1, D=16, dtype=torch.float32, device="cpu"):
+    return [_randn(B, n, heads, D, dtype=dtype, device=device) for n, heads in ((S, H), (T, H_kv), (T, H_kv))]
+
+
+# --- the whole contract, several features at once -------------------------------------------------------------------
+
+
+def _rich(q, k, v, bias, table, sinks, backend):
+    """Everything with a gradient, a window, a cap, unequal lengths and dropout."""
+    B, T = q.shape[0], k.shape[1]
+    device = q.device
+    out, lse = ops.attention(
+        q, k, v, causal=True, window=(T - 2, 0), softcap=3.0, bias=bias, sinks=sinks, dropout_p=0.25, seed=5, return_lse=True,
+        relative_bias=ops.RelativeBias(table, False, 8), key_lengths=torch.full((B,), T - 1, device=device),
+        key_starts=torch.full((B,), 1, device=device), backend=backend,
+    )  # fmt: skip
+    return out, lse.masked_fill(lse == float("-inf"), 0)
+
+
+def _rich_args(S, T, D):
+    def make(dtype, device):
+        return (*_qkv(S, T, 1, D=D, dtype=dtype, device=device), _randn(1, 2, S, T, dtype=dtype, device=device),
+                _randn(8, 2, dtype=dtype, device=device), _randn(2, dtype=dtype, device=device))  # fmt: skip
+
+    return make
+
+
+def _packed(q, k, v, slopes_and_bias, backend):
+    total_q, total_k = q.shape[0], k.shape[0]
+    cu_q, cu_k = (torch.tensor([0, 1, 1, n], device=q.device, dtype=torch.int32) for n in (total_q, total_k))
+    return ops.attention(
+        q, k, v, causal=True, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, bias=slopes_and_bias, backend=backend
+    )
+
+
+def _packed_args(S, T, D):
+    def make(dtype, device):
+        q, k, v = (x[0] for x in _qkv(S, T, 1, D=D, dtype=dtype, device=device))
+        return q, k, v, _randn(2, 1, T, dtype=dtype, device=device)
+
+    return make
+
+
+CASES = {
+    "rich": Case("attention", _rich, _rich_args(18, 23, 16), _rich_args(3, 5, 2), autocast="cast"),
+    "packed": Case("attention", _packed, _packed_args(20, 27, 16), _packed_args(3, 4, 2), autocast="cast"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_contract(name, device):
+    check_op(CASES[name], "triton", device)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference(name):
+    check_reference(CASES[name])
+
+
+@pytest.mark.parametrize("names", matrix.pairs()[: len(matrix.FEATURES)], ids=lambda names: names[0])
+def test_derivatives_of_the_reference(names):
+    """fp64 gradcheck and gradgradcheck along one random direction for each feature."""
+    case, args, _ = matrix.case_of(names, sizes={"D": 4, "S": 37, "T": 53})
+    if "bf16" in names:
+        return
+    args = tuple(a.double().requires_grad_() for a in args)
+
+    def fn(*args):
+        found = case.fn(*args, backend="reference")
+        return tuple(x.masked_fill(x == float("-inf"), 0) for x in (found if isinstance(found, tuple) else (found,)))
+
+    assert torch.autograd.gradcheck(fn, args, fast_mode=True)
+    assert torch.autograd.gradgradcheck(fn, args, fast_mode=True)
+
+
+# --- rows that see nothing ------------------------------------------------------------------------------------------
+
+_BIAS = torch.zeros(1, 2, 17, 23)
+_BIAS[:, :, 4] = float("-inf")
+_BLOCKS = torch.ones(2, 2, dtype=torch.bool)
+_BLOCKS[0] = False
+# mask -> (options, whether the first query sees anything in the first sequence): query 4 of it is always dead
+DEAD = {
+    "window": {"window": (0, 0), "causal": "top_left", "key_starts": torch.tensor([6, 0])},
+    "key lengths": {"key_lengths": torch.tensor([0, 23])},
+    "left padding": {"key_starts": torch.tensor([23, 3])},
+    "bottom right": {"causal": True, "key_lengths": torch.tensor([5, 23])},
+    "bias": {"bias": _BIAS},
+    "documents": {"document_ids": (torch.arange(34).view(2, 17), torch.full((2, 23), 7))},
+    "block mask": {"block_mask": ops.BlockMask.from_blocks(_BLOCKS, 17, 23, block=16)},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", DEAD)
+def test_dead_rows(name, backend, device):
+    """Output 0, lse -inf, gradients exactly 0, and finite ones elsewhere; sinks change nothing of that."""
+    options = {key: matrix._moved(value, device) for key, value in DEAD[name].items()}
+    q, k, v = (x.requires_grad_() for x in _qkv(device=device))
+    extra = [options["bias"].clone().requires_grad_()] if "bias" in options else []
+    if extra:
+        options["bias"] = extra[0]
+    if backend != "torch":
+        options["sinks"] = torch.tensor([0.3, -1.0], device=device, requires_grad=True)
+        extra.append(options["sinks"])
+    found = ops.attention(q, k, v, **options, return_lse=backend != "torch", backend=backend)
+    out = found if backend == "torch" else found[0]
+    assert torch.equal(out[0, 4], torch.zeros_like(out[0, 4])), "output"
+    loss = out.square().sum()
+    if backend != "torch":
+        lse = found[1]
+        dead = (lse == float("-inf")).transpose(1, 2)
+        assert dead[0, 4].all() and torch.equal(dead, (out == 0).all(-1))
+        loss = loss + lse.masked_fill(lse == float("-inf"), 0).sum()
+    dq, *rest = torch.autograd.grad(loss, (q, k, v, *extra))
+    assert torch.equal(dq[0, 4], torch.zeros_like(dq[0, 4])), "gradient"
+    assert all(torch.isfinite(g).all() for g in (dq, *rest))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_lies_before_the_key_starts_is_never_seen(backend, device):
+    q, k, v = _qkv(S=1, device=device)
+    starts = torch.tensor([3, 20], device=device)
+    want = ops.attention(q, k, v, key_starts=starts, backend="reference")
+    for b, start in enumerate(starts.tolist()):
+        k[b, :start], v[b, :start] = float("nan"), float("inf")
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    got = ops.attention(q, k, v, key_starts=starts, backend=backend)
+    torch.testing.assert_close(got, want)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(got.sum(), (q, k, v)))
+
+
+def test_sequences_of_no_length(device):
+    """Packed: no queries, no keys, neither, and a batch of none."""
+    q, k, v = (x[0].requires_grad_() for x in _qkv(6, 5, 1, device=device))
+    cu_q, cu_k = (torch.tensor(c, device=device) for c in ([0, 0, 2, 2, 6], [0, 3, 3, 3, 5]))
+    for backend in ("reference", "torch", "triton"):
+        out = ops.attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, backend=backend)
+        assert torch.equal(out[:2], torch.zeros_like(out[:2]))
+        torch.testing.assert_close(
+            out[2:], ops.attention(q[None, 2:], k[None, 3:], v[None, 3:], backend="reference")[0]
+        )
+        dq, dk, dv = torch.autograd.grad(out.square().sum(), (q, k, v))
+        assert torch.equal(dq[:2], torch.zeros_like(dq[:2])) and torch.equal(dk[:3], torch.zeros_like(dk[:3]))
+        none = torch.zeros(1, dtype=torch.int64, device=device)
+        empty = ops.attention(q[:0], k[:0], v[:0], cu_seqlens_q=none, backend=backend)
+        assert empty.shape == (0, 2, 16)
+
+
+# --- equal things said in two ways ----------------------------------------------------------------------------------
+
+
+def _same(a, b, **tolerance):
+    q, k, v = _qkv(17, 17, H=4, H_kv=2)
+    for backend in ("reference", "triton"):
+        torch.testing.assert_close(
+            ops.attention(q, k, v, **a(q), backend=backend),
+            ops.attention(q, k, v, **b(q), backend=backend),
+            **tolerance,
+        )
+
+
+def test_documents_that_lie_in_order_are_packed_sequences():
+    q, k, v = (x[:1] for x in _qkv(17, 17))
+    ids = torch.tensor([[0] * 5 + [1] * 9 + [2] * 3])
+    cu = torch.tensor([0, 5, 14, 17])
+    for backend in ("reference", "triton"):
+        packed = ops.attention(q[0], k[0], v[0], causal=True, cu_seqlens_q=cu, backend=backend)
+        torch.testing.assert_close(ops.attention(q, k, v, causal=True, document_ids=ids, backend=backend)[0], packed)
+
+
+def test_alibi_is_a_bias():
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    i = torch.arange(17)
+    _same(lambda q: {"alibi_slopes": slopes}, lambda q: {"bias": -slopes[:, None, None] * (i - i[:, None]).abs()})
+
+
+def test_relative_bias_is_a_bias():
+    table = torch.randn(12, 4)
+    relative = ops.RelativeBias(table, True, 7)
+    i = torch.arange(17)
+    at = (i - i[:, None]).clamp(-7, 7) + 7
+    _same(lambda q: {"relative_bias": relative}, lambda q: {"bias": relative.by_distance()[:, at]})
+
+
+def test_a_block_mask_is_a_causal_mask():
+    mask = ops.BlockMask.from_rule(lambda b, h, q, k: q >= k, 17, 17, block=16)
+    _same(lambda q: {"block_mask": mask}, lambda q: {"causal": True})
+
+
+def test_a_sink_is_a_key_without_value():
+    q, k, v = _qkv(5, 7, 1, 2, 2)
+    sinks = torch.tensor([0.5, -0.25])
+    zeros = torch.zeros(1, 1, 2, 16)
+    bias = torch.cat((sinks[:, None, None].expand(2, 5, 1), torch.zeros(2, 5, 7)), -1)
+    want, lse = ops.attention(
+        q, torch.cat((zeros, k), 1), torch.cat((zeros, v), 1), bias=bias, return_lse=True, backend="reference"
+    )
+    for backend in ("reference", "triton"):
+        out, found = ops.attention(q, k, v, sinks=sinks, return_lse=True, backend=backend)
+        torch.testing.assert_close(out, want)
+        torch.testing.assert_close(found, lse)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("buckets, longest", [(32, 128), (16, 20), (6, 9)])
+def test_buckets_are_those_of_t5(bidirectional, buckets, longest):
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5").T5Attention
+    distance = torch.arange(-longest - 3, longest + 4)
+    want = t5._relative_position_bucket(distance, bidirectional, buckets, longest)
+    table = torch.arange(buckets, dtype=torch.float32)[:, None]
+    found = ops.RelativeBias(table, bidirectional, longest).by_distance()[0]
+    assert torch.equal(found[(distance.clamp(-longest, longest) + longest)].long(), want)
+
+
+# --- dropout --------------------------------------------------------------------------------------------------------
+
+
+def test_philox_known_answers():
+    """The test vectors of the paper's own library (Random123, kat_vectors, philox4x32-10)."""
+    ones = 0xFFFFFFFF
+    cases = [
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ones,) * 4, -1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0xA4093822 | (0x299F31D0 << 32),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ]
+    for counter, key, want in cases:
+        found = philox(torch.tensor(key), *(torch.tensor([c]) for c in counter))
+        assert tuple(int(w) for w in found) == want
+
+
+def test_dropout_drops_what_it_says(device):
+    """Identity values show the weights themselves: the kernel drops exactly those that the reference's bits say."""
+    q, k, _ = _qkv(17, 23, 2, 2, 2, device=device)
+    v = torch.eye(23, device=device).view(1, 23, 1, 23).expand(2, -1, 2, -1)
+    seed = torch.tensor([123456789012345, 7], device=device)
+    found = ops.attention(q, k, v, dropout_p=0.4, seed=seed, backend="triton")
+    keep = kept(matrix.call_of(q, k, v, dropout_p=0.4, seed=seed)).transpose(1, 2)
+    assert torch.equal(found != 0, keep)
+    whole = ops.attention(q, k, v, backend="triton")
+    torch.testing.assert_close(found, whole * keep / 0.6)
+    share, n = keep.float().mean().item(), keep.numel()
+    assert abs(share - 0.6) < 4 * math.sqrt(0.24 / n)
+
+
+def test_dropout_seeds(device):
+    q, k, v = _qkv(device=device)
+
+    def call(**options):
+        return ops.attention(q, k, v, dropout_p=0.5, backend="triton", **options)
+
+    assert torch.equal(call(seed=3), call(seed=3))
+    assert torch.equal(call(seed=3), call(seed=torch.tensor([3, 0], device=device)))
+    for other in (call(seed=4), call(seed=torch.tensor([3, 1], device=device)), call(seed=3 + 2**32), call()):
+        assert not torch.equal(call(seed=3), other)
+    torch.manual_seed(1)
+    first = call()
+    torch.manual_seed(1)
+    assert torch.equal(first, call())
+    assert torch.equal(ops.attention(q, k, v, seed=3), ops.attention(q, k, v))
+
+
+# --- planted bugs ---------------------------------------------------------------------------------------------------
+
+# name -> (features that show it, kernel file, what it says, what it is made to say)
+BUGS = {
+    "window: left edge": (("window",), "attention_common", "key >= query + (place", "key > query + (place"),
+    "window: keys left out": (
+        ("window",),
+        "attention_common",
+        "lo = tl.maximum(lo, first + place.offset - rule.left)",
+        "lo = tl.maximum(lo, first + BLOCK + place.offset - rule.left)",
+    ),
+    "window: queries left out": (
+        ("window",),
+        "attention_common",
+        "hi = tl.minimum(hi, tl.maximum(last - place.offset + rule.left + 1, 0))",
+        "hi = tl.minimum(hi, tl.maximum(first - place.offset + rule.left + 1, 0))",
+    ),
+    "dk dv: left edge": (
+        ("window",),
+        "attention_dkdv",
+        "(place.offset - rule.left) + 1",
+        "(place.offset - rule.left) + 2",
+    ),
+    "prefix not seen": (("causal", "prefix"), "attention_common", "band | (key < place.prefix)", "band"),
+    "prefix past the queries' range": (
+        ("causal, top left", "prefix"),
+        "attention_common",
+        "lo = tl.where(first < place.prefix, 0, lo)",
+        "lo = lo",
+    ),
+    "left padding seen": (("left padding",), "attention_common", "seen & (key >= place.start)", "seen"),
+    "documents not told apart": (("documents",), "attention_common", "seen & (theirs == ", "seen & (theirs >= "),
+    "packed: another sequence's keys": (("packed",), "attention_common", "k_row = first_k", "k_row = first_q"),
+    "packed: last tile left out": (
+        ("packed",),
+        "attention_call",
+        "return self.sequences if self.packed else 0",
+        "return 0",
+    ),
+    "softcap: no slope": (("softcap",), "attention_dq", "slope = 1.0 - tanh * tanh", "slope = 1.0"),
+    "softcap: no slope in dk": (("softcap",), "attention_dkdv", "(1.0 - tanh * tanh)", "1.0"),
+    "softcap: scale twice": (("softcap",), "attention_common", "2.0 * LOG2E * scale", "2.0 * LOG2E * scale * scale"),
+    "bias: in the wrong base": (("bias",), "attention_common", "added.to(tl.float32) * LOG2E", "added.to(tl.float32)"),
+    "bias: first head for all": (("bias",), "attention_common", "place.h * rule.bias_h", "0 * rule.bias_h"),
+    "dbias: tail": (("bias",), "attention_bias_bwd", "(n < columns)[None, :])", "(n < columns - 1)[None, :])"),
+    "dbias: one head of all": (("broadcast bias",), "attention_bias_bwd", "(H if ALL_H else 1)):", "1):"),
+    "relative bias: no clamp": (
+        ("T5 relative bias",),
+        "attention_common",
+        "tl.maximum(key - query - place.offset, -rule.reach)",
+        "tl.maximum(key - query - place.offset, 10 - rule.reach)",
+    ),
+    "relative bias: wrapped diagonals": (
+        ("T5 relative bias",),
+        "attention_bias_bwd",
+        "tl.where(wrapped < BLOCK, 0.0, sheared)",
+        "tl.where(wrapped < BLOCK, sheared, 0.0)",
+    ),
+    "relative bias: far keys": (
+        ("T5 relative bias",),
+        "attention_bias_bwd",
+        "sums[:, : zero - reach].sum(1) + far",
+        "0 * far",
+    ),
+    "ALiBi: from the wrong corner": (("ALiBi",), "attention_common", "query + place.offset - key", "query - key"),
+    "sink twice": (("sinks",), "attention", "total * shrink + tl.exp2(sink", "total * shrink + 2 * tl.exp2(sink"),
+    "dsinks: sign": (("sinks",), "attention_bwd", "dsinks = -(weight", "dsinks = (weight"),
+    "blocks: partial ones whole": (
+        ("block mask",),
+        "attention",
+        "tl.where(seen != 0, scores",
+        "tl.where(seen >= 0, scores",
+    ),
+    "blocks: last one left out": (("block mask",), "attention_dq", "end = hi * pieces", "end = hi * pieces - 1"),
+    "blocks: dk dv": (
+        ("block mask",),
+        "attention_dkdv",
+        "tl.load(pattern_ptr + at) != 0",
+        "tl.load(pattern_ptr + at) >= 0",
+    ),
+    "dropout: weights not grown": (("dropout",), "attention", "probs * rule.grown", "probs"),
+    "dropout: other bits in dk": (
+        ("dropout",),
+        "attention_dkdv",
+        "kept(rule, place, H, start, first_key",
+        "kept(rule, place, H, start + 1, first_key",
+    ),
+    "dropout: other bits in dq": (
+        ("dropout",),
+        "attention_dq",
+        "kept(rule, place, H, first, start",
+        "kept(rule, place, H, first, start + 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_seen(name, device):
+    names, file, old, new = BUGS[name]
+    case, args, dtype = matrix.case_of(names, device)
+    with planted_bug("attention", old, new, file=file), poison_empty(), pytest.raises(AssertionError):
+        check_accuracy(case, "triton", dtype, device, args)
+
+
+@pytest.mark.parametrize("names", [("bias", "packed"), ("block mask", "window"), ("documents", "T5 relative bias")])
+def test_nothing_is_read_or_written_outside(names, device):
+    case, _, _ = matrix.case_of(names, device)
+    check_guards(case, "triton", device)
