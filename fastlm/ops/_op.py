@@ -183,7 +183,7 @@ class Op:
         Raises ValueError for an unknown or unsupported named backend; `auto` always finds one.
         """
         if self._sharding and not torch.compiler.is_compiling():
-            self._see_dtensors(tensors)  # in inference mode the Autograd kernels, which look too, are not called
+            self._see_dtensors(tensors[:1])  # in inference mode the Autograd kernels, which look too, are not called
         if _transforming(tensors):
             # The reference is the only form that every transform can look into.
             return self._chosen("reference", {"others": "a torch.func transform or forward-mode AD is active"})
@@ -197,7 +197,7 @@ class Op:
                 raise ValueError(f"{self.name}: backend {backend!r} cannot serve this call: {reason}")
             return self._chosen(backend, {"others": f"{backend!r} was named"})
         reasons: dict[str, str] = {}
-        on_cuda = any(isinstance(t, Tensor) and t.device.type == "cuda" for t in tensors)
+        on_cuda = _first_tensor(tensors).device.type == "cuda"
         for name in self.backends:
             if name in ("cuda", "triton") and not on_cuda:
                 reasons[name] = "no CUDA tensor among the arguments; name the backend to run its CPU form"

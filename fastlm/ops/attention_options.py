@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -82,56 +83,40 @@ def make_call(
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check_heads(q, k, v, packed)
     if packed:
-        cu_seqlens_k = _same_lengths(q, k) if cu_seqlens_k is None and cu_seqlens_q is not None else cu_seqlens_k
-        if cu_seqlens_k is _SAME:
+        if cu_seqlens_k is None and q.shape[0] == k.shape[0]:
             cu_seqlens_k = cu_seqlens_q
         q, k, v = q[None], k[None], v[None]
-    try:
-        align_end, right = _CORNERS[causal]
-    except (KeyError, TypeError):
-        raise ValueError(
-            f"attention: causal must be False, True, 'bottom_right' or 'top_left', got {causal!r}"
-        ) from None
-    left, right_of_window = _window(window)
-    if right < 0:
-        right = right_of_window
+    align_end, left, right = _band(causal, window)
     dtype = autocast_dtype(q)
     if dtype is not None and q.dtype is not torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them")
-    H, B = q.shape[2], cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
     values = check or q.device.type == "cpu"
     if packed:
         _check_cu("cu_seqlens_q", cu_seqlens_q, q, None, values, max_seqlen_q)
         _check_cu("cu_seqlens_k", cu_seqlens_k, k, cu_seqlens_q.shape[0], values, max_seqlen_k)
-        S, T = None, None
+        B, S, T = cu_seqlens_q.shape[0] - 1, None, None
     else:
-        S, T = q.shape[1], k.shape[1]
-        for name, given in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-            if given is not None:
-                raise ValueError(
-                    f"attention: {name} belongs to packed sequences; pass cu_seqlens_q too, or leave it out"
-                )
+        B, S, T = q.shape[0], q.shape[1], k.shape[1]
+        if max_seqlen_q is not None or max_seqlen_k is not None:
+            raise ValueError("attention: max_seqlen_q and max_seqlen_k belong to packed sequences; give cu_seqlens_q, or no maximum")
     for name, x in (("key_lengths", key_lengths), ("key_starts", key_starts), ("prefix_lengths", prefix_lengths)):
-        _check_per_sequence(name, x, B, q, None if name == "prefix_lengths" else T, values)
-    documents = _documents(document_ids, q, k, values)
+        if x is not None:
+            _check_per_sequence(name, x, B, q, None if name == "prefix_lengths" else T, values)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap must be > 0 or None, got {softcap}")
-    _check_per_head("alibi_slopes", alibi_slopes, H, q)
-    _check_per_head("sinks", sinks, H, q)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"attention: dropout_p must lie in [0, 1), got {dropout_p}")
-    extras = Extras(
-        None if alibi_slopes is None else alibi_slopes.float(),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        key_starts,
-        prefix_lengths,
-        *documents,
-        _seed(seed, q) if dropout_p else None,
-        *_blocks(block_mask, q, B, H, S, T),
-    )
+    H = q.shape[2]
+    _check_per_head("alibi_slopes", alibi_slopes, H, q)
+    _check_per_head("sinks", sinks, H, q)
+    given = (alibi_slopes, cu_seqlens_q, key_starts, prefix_lengths, document_ids, block_mask)
+    extras = []
+    if dropout_p or any(x is not None for x in given):
+        slopes = None if alibi_slopes is None else alibi_slopes.float()
+        extras = Extras(slopes, cu_seqlens_q, cu_seqlens_k, key_starts, prefix_lengths, *_documents(document_ids, q, k),
+                        _seed(seed, q) if dropout_p else None, *_blocks(block_mask, q, B, H, S, T)).listed()  # fmt: skip
     if scale is None:
         scale = q.shape[3] ** -0.5
     simple = bias is None and relative_bias is None and alibi_slopes is None and left < 0
@@ -140,20 +125,9 @@ def make_call(
     if simple and right < 0:
         align_end = False  # nothing is measured from the diagonal
     return Call(
-        q, k, v, key_lengths, _bias(bias, q, B, H, S, T), _distances(relative_bias, H, q), sinks, extras.listed(),
+        q, k, v, key_lengths, _bias(bias, q, B, H, S, T), _distances(relative_bias, H, q), sinks, extras,
         align_end, left, right, scale, softcap or 0.0, dropout_p,
     )  # fmt: skip
-
-
-_SAME = object()
-
-
-def _same_lengths(q, k):
-    if q.shape[0] != k.shape[0]:
-        raise ValueError(
-            f"attention: cu_seqlens_k is missing, and k has {k.shape[0]} rows where q has {q.shape[0]}; pass it"
-        )
-    return _SAME
 
 
 def _check_heads(q, k, v, packed):
@@ -192,18 +166,25 @@ def _values(x, wanted):
     return x.tolist() if x.device.type == "cuda" else host_values(x)
 
 
-def _window(window):
-    if window is None:
-        return -1, -1
+def _band(causal, window):
+    """(align_end, left, right) of a Call."""
     try:
-        left, right = (-1 if side is None else int(side) for side in window)
+        align_end, right = _CORNERS[causal]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"attention: causal must be False, True, 'bottom_right' or 'top_left', got {causal!r}"
+        ) from None
+    if window is None:
+        return align_end, -1, right
+    try:
+        left, after = (-1 if side is None else operator.index(side) for side in window)
     except (TypeError, ValueError):
         raise ValueError(
             f"attention: window must be a pair (left, right) of integers or None, got {window!r}"
         ) from None
-    if left < -1 or right < -1:
+    if left < -1 or after < -1:
         raise ValueError(f"attention: window's sides must be >= 0, or -1 for no limit, got {window!r}")
-    return left, right
+    return align_end, left, after if right < 0 else right
 
 
 def _check_integers(name, x, q):
@@ -231,8 +212,6 @@ def _check_cu(name, cu, x, length, values, longest):
 
 
 def _check_per_sequence(name, x, B, q, highest, values):
-    if x is None:
-        return
     _check_integers(name, x, q)
     if x.ndim != 1 or x.shape[0] != B:
         raise ValueError(f"attention: {name} must be [{B}], one for each sequence, got {list(x.shape)}")
@@ -252,7 +231,7 @@ def _check_per_head(name, x, H, q):
     _check_device(name, x, q)
 
 
-def _documents(ids, q, k, values):
+def _documents(ids, q, k):
     if ids is None:
         return None, None
     pair = (ids, ids) if isinstance(ids, Tensor) else tuple(ids)

@@ -15,9 +15,12 @@ def reason_against(call: Call, return_lse: bool) -> str | None:
     """Why SDPA cannot serve this call, or None."""
     if return_lse:
         return "torch's attention returns no differentiable log-sum-exp"
-    for name, given in (("softcap", call.softcap), ("dropout_p", call.dropout), ("sinks", call.sinks is not None)):
-        if given:
-            return f"torch's attention has no {name}" + (" with this library's random numbers" * (name == "dropout_p"))
+    if call.softcap:
+        return "torch's attention has no softcap"
+    if call.sinks is not None:
+        return "torch's attention has no sinks"
+    if call.dropout:
+        return "torch's attention drops out by other random numbers"
     if call.extras and Extras(*call.extras).cu_seqlens_q is not None:
         if len(call.extras) - call.extras.count(None) > 2 or call.bias is not None or call.distances is not None:
             return "it takes packed sequences one by one, and only with causal, window and scale"

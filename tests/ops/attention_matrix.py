@@ -17,6 +17,7 @@ from fastlm.ops.attention_reference import Call, added_scores, kept, who_sees_wh
 from fastlm.testing import Case
 
 S, T, H, H_KV, D = 37, 53, 2, 1, 16
+TRIPLES = 60  # how many triples are tested
 README = Path(__file__).parents[2] / "README.md"
 SEQUENCES = ((5, 9), (0, 4), (20, 17), (12, 23))  # queries and keys of the packed ones: 37 and 53 in all
 
@@ -169,3 +170,44 @@ def in_plain_torch(q, k, v, *, return_lse=False, **options):
     if q.ndim == 3:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
+
+
+# --- the README's table ---------------------------------------------------------------------------------------------
+
+_MARK = "<!-- written by tests/ops/attention_matrix.py -->"
+# What decode_attention has for a feature: the option, or a word.
+_DECODE = {
+    "causal": "always", "window": "window", "key lengths": "lengths", "left padding": "key_starts", "packed": "page_table",
+    "softcap": "softcap", "T5 relative bias": "relative_bias", "ALiBi": "alibi_slopes", "sinks": "sinks", "scale": "scale",
+    "log-sum-exp": "return_lse", "value width": "always", "odd head width": "always", "equal heads": "always", "bf16": "always",
+}  # fmt: skip
+
+
+def table() -> str:
+    """One row per feature, from what the op itself says of calls with it."""
+    lines = [
+        "| feature | say it with | gradients | with packed sequences | decode_attention | on the CPU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, feature in FEATURES.items():
+        case, args, _ = case_of((name,))
+        backend = ops.explain(lambda *a, case=case: case.fn(*a, backend="auto"), *args).backend
+        words = [*feature.get("options", lambda n: {})(1), *feature.get("tensors", {})] or ["cu_seqlens_q"] * (name == "packed")
+        says = ", ".join(f"`{word}`" for word in words if word != "seed") or "shapes, dtype"
+        gradients = ", ".join(["q, k, v", *feature.get("tensors", {})])
+        packed = "" if name == "packed" else "yes" if _sayable((name, "packed")) else "no"
+        decode = _DECODE.get(name, "")
+        decode = f"`{decode}`" if decode not in ("", "always") else decode
+        lines.append(f"| {name} | {says} | {gradients} | {packed} | {decode} | {'SDPA' if backend == 'torch' else 'reference'} |")
+    lines.append(f"\nTested under the accuracy rule: each of the {len(pairs()) - len(FEATURES)} pairs that can be said, and {TRIPLES} triples.")
+    return "\n".join(lines)
+
+
+def with_table(readme: str) -> str:
+    """The README's text with the table between its two marks."""
+    before, _, after = readme.split(_MARK)
+    return f"{before}{_MARK}\n{table()}\n{_MARK}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")

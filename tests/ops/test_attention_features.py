@@ -391,3 +391,110 @@ def test_planted_bug_is_seen(name, device):
 def test_nothing_is_read_or_written_outside(names, device):
     case, _, _ = matrix.case_of(names, device)
     check_guards(case, "triton", device)
+
+
+# --- torch.compile and torch.export ---------------------------------------------------------------------------------
+
+
+def test_export(device):
+    """A module with several features goes through torch.export, lengths of sequences left open."""
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sinks = torch.nn.Parameter(torch.tensor([0.5, -0.5], device=device))
+
+        def forward(self, q, k, v, lengths):
+            return ops.attention(
+                q, k, v, causal=True, window=(4, 0), sinks=self.sinks, key_lengths=lengths, backend="triton"
+            )
+
+    q, k, v = _qkv(17, 17, device=device)
+    lengths = torch.tensor([17, 9], device=device)
+    module, length = Module(), torch.export.Dim("length", min=2, max=64)
+    shapes = [{1: length}] * 3 + [None]
+    program = torch.export.export(module, (q, k, v, lengths), dynamic_shapes=shapes)
+    for n in (17, 20):
+        q, k, v = _qkv(n, n, device=device)
+        torch.testing.assert_close(program.module()(q, k, v, lengths), module(q, k, v, lengths))
+
+
+@pytest.mark.parametrize(
+    "names", [("packed", "bias"), ("block mask", "causal"), ("documents", "T5 relative bias"), ("dropout",)]
+)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_compile(names, backend, device):
+    """fullgraph, with its options as arguments or constants, forward and backward."""
+    case, args, _ = matrix.case_of(names, device)
+    torch._dynamo.reset()
+    fn = torch.compile(lambda *a: case.fn(*a, backend=backend), fullgraph=True, backend="aot_eager")
+    args = tuple(a.requires_grad_() for a in args)
+    got, want = fn(*args), case.fn(*args, backend=backend)
+    torch.testing.assert_close(got, want)
+    for g, w in zip(torch.autograd.grad(got.sum(), args), torch.autograd.grad(want.sum(), args)):
+        torch.testing.assert_close(g, w)
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+_CU = torch.tensor([0, 5, 17])
+ERRORS = {
+    r"pair \(left, right\)": {"window": "all"},
+    "-1 for no limit": {"window": (-2, 0)},
+    r"\[0, 1\)": {"dropout_p": 1.0},
+    "softcap must be > 0": {"softcap": -1.0},
+    r"alibi_slopes must be \[2\]": {"alibi_slopes": torch.ones(3)},
+    r"sinks must be \[2\]": {"sinks": torch.ones(1)},
+    "sinks must be floating point": {"sinks": torch.ones(2, dtype=torch.int64)},
+    r"key_starts must lie in \[0, 23\]": {"key_starts": torch.tensor([0, 24])},
+    r"prefix_lengths must be \[2\]": {"prefix_lengths": torch.tensor([1])},
+    "prefix_lengths must lie in": {"prefix_lengths": torch.tensor([1, -1])},
+    r"document_ids of the keys must be \[2, 23\]": {"document_ids": torch.zeros(2, 17, dtype=torch.int64)},
+    r"bias must broadcast to \[2, 2, 17, 23\]": {"bias": torch.zeros(3, 17, 23)},
+    "a boolean mask m is": {"bias": torch.zeros(17, 23, dtype=torch.bool)},
+    "must be a RelativeBias": {"relative_bias": torch.zeros(32, 2)},
+    "must have 2 heads": {"relative_bias": torch.zeros(3, 5)},
+    "half the buckets": {"relative_bias": ops.RelativeBias(torch.zeros(32, 2), True, 8)},
+    "must be a fastlm.ops.BlockMask": {"block_mask": torch.ones(17, 23, dtype=torch.bool)},
+    r"block_mask is for \(16, 23\)": {
+        "block_mask": ops.BlockMask.from_blocks(torch.ones(1, 2, dtype=torch.bool), 16, 23, block=16)
+    },
+    "int or an int64 tensor": {"dropout_p": 0.5, "seed": torch.tensor([1])},
+    "belong to packed sequences": {"max_seqlen_q": 17},
+    r"must be \[total, H, Dh\]": {"cu_seqlens_q": _CU},
+}
+
+
+@pytest.mark.parametrize("match", ERRORS)
+def test_errors(match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        ops.attention(*_qkv(), **ERRORS[match])
+
+
+@pytest.mark.parametrize(
+    "match, options",
+    [
+        ("need cu_seqlens_q", {"cu_seqlens_k": _CU}),
+        ("need cu_seqlens_k", {"cu_seqlens_q": _CU}),
+        (
+            "must rise from 0 to 17",
+            {"cu_seqlens_q": torch.tensor([0, 9, 5, 17]), "cu_seqlens_k": torch.tensor([0, 9, 9, 23])},
+        ),
+        ("must rise from 0 to 23", {"cu_seqlens_q": _CU, "cu_seqlens_k": torch.tensor([0, 5, 22])}),
+        (r"cu_seqlens_k must be \[3\]", {"cu_seqlens_q": _CU, "cu_seqlens_k": torch.tensor([0, 23])}),
+        ("a sequence has 12 rows", {"cu_seqlens_q": _CU, "cu_seqlens_k": torch.tensor([0, 5, 23]), "max_seqlen_q": 11}),
+        ("int32 or int64", {"cu_seqlens_q": _CU.float(), "cu_seqlens_k": _CU}),
+    ],
+)
+def test_errors_of_packed_sequences(match, options):
+    with pytest.raises((ValueError, TypeError), match=match):
+        ops.attention(*(x[0] for x in _qkv()), **options)
+
+
+def test_slopes_have_no_gradient_in_the_kernels():
+    q, k, v = _qkv()
+    slopes = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="no gradient of alibi_slopes"):
+        ops.attention(q, k, v, alibi_slopes=slopes, backend="triton")
+    out = ops.attention(q, k, v, alibi_slopes=slopes, backend="reference")
+    assert torch.autograd.grad(out.sum(), slopes)[0].abs().sum() > 0
