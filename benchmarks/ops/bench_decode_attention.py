@@ -8,7 +8,10 @@ from fastlm.ops.decode_attention import decode_attention
 
 
 def make(dtype, device, B, T, H, H_kv, width, page=0, S=1, ragged=False):
-    """page: tokens of a page, 0 for a contiguous cache. ragged: lengths from T / 2 to T, else all T."""
+    """page: tokens of a page, 0 for a contiguous cache. ragged: lengths from T / 2 to T, else all T.
+
+    The last of what is returned says that every query sees every key of the cache.
+    """
     lengths = torch.linspace(T // 2 if ragged else T, T, B, device=device).long()
     table, rows, places = None, B, T
     if page:
@@ -17,17 +20,19 @@ def make(dtype, device, B, T, H, H_kv, width, page=0, S=1, ragged=False):
         table = torch.randperm(rows, device=device).view(B, count).int()
     q = torch.randn(B, S, H, width, device=device).to(dtype)
     k_cache, v_cache = (torch.randn(rows, places, H_kv, width, device=device, dtype=dtype) for _ in range(2))
-    return q, k_cache, v_cache, lengths, table
+    return q, k_cache, v_cache, lengths, table, not ragged and S == 1
 
 
 def gathered(cache, table):
     return cache if table is None else cache[table.long()].flatten(1, 2)
 
 
-def by_sdpa(q, k_cache, v_cache, lengths, table):
+def by_sdpa(q, k_cache, v_cache, lengths, table, whole):
     k, v = (gathered(x, table).transpose(1, 2) for x in (k_cache, v_cache))
-    query, key = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[2], device=q.device)
-    mask = key <= (lengths[:, None] - q.shape[1] + query)[:, None, :, None]
+    mask = None
+    if not whole:  # else all keys are seen, which leaves SDPA its fastest kernels
+        query, key = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[2], device=q.device)
+        mask = key <= (lengths[:, None] - q.shape[1] + query)[:, None, :, None]
     grouped = q.shape[2] != k.shape[1]
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
 
@@ -35,18 +40,18 @@ def by_sdpa(q, k_cache, v_cache, lengths, table):
 def with_flash_attn():
     from flash_attn import flash_attn_with_kvcache
 
-    def call(q, k_cache, v_cache, lengths, table):
+    def call(q, k_cache, v_cache, lengths, table, whole):
         options = {"cache_seqlens": lengths.int(), "block_table": table, "causal": True}
         return flash_attn_with_kvcache(q, k_cache, v_cache, **options)
 
     return call
 
 
-def op(q, k_cache, v_cache, lengths, table, backend):
+def op(q, k_cache, v_cache, lengths, table, whole, backend):
     return decode_attention(q, k_cache, v_cache, lengths, page_table=table, backend=backend)
 
 
-def traffic(mode, q, k_cache, v_cache, lengths, table):
+def traffic(mode, q, k_cache, v_cache, lengths, table, whole):
     row = k_cache[0, 0].nbytes + v_cache[0, 0].nbytes
     return int(lengths.sum()) * row + 2 * q.nbytes
 
