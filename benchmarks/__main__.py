@@ -1,9 +1,13 @@
-"""`python -m benchmarks run | aot`."""
+"""`python -m benchmarks run | aot | tune`."""
 
 import importlib
 import sys
 
-COMMANDS = {"run": "times of the ops", "aot": "registers, spills and access widths of the generated code"}
+COMMANDS = {
+    "run": "times of the ops",
+    "aot": "registers, spills and access widths of the generated code",
+    "tune": "launch settings of attention's kernels, measured on the GPU at hand",
+}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
