@@ -37,7 +37,7 @@ def _add_to_dkdv(
     dout = tl.load(dout_ptrs, mask=live(query, place.S, DV, BLOCK_M, BLOCK_DV, True), other=0.0)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if rule.softcap is not None:
-        tanh = capped(scores, rule.softcap, scale)
+        tanh = capped(scores, rule.softcap, scale, k.dtype == tl.float32)
         scores = tanh * (rule.softcap * LOG2E)
     else:
         scores = scores * (scale * LOG2E)

@@ -34,7 +34,7 @@ def dscores_of(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     slope = 1.0
     if rule.softcap is not None:
-        tanh = capped(scores, rule.softcap, scale)
+        tanh = capped(scores, rule.softcap, scale, k.dtype == tl.float32)
         scores = tanh * (rule.softcap * LOG2E)
         slope = 1.0 - tanh * tanh
     else:

@@ -100,7 +100,9 @@ def make_call(
     else:
         B, S, T = q.shape[0], q.shape[1], k.shape[1]
         if max_seqlen_q is not None or max_seqlen_k is not None:
-            raise ValueError("attention: max_seqlen_q and max_seqlen_k belong to packed sequences; give cu_seqlens_q, or no maximum")
+            raise ValueError(
+                "attention: max_seqlen_q and max_seqlen_k belong to packed sequences; give cu_seqlens_q too"
+            )
     for name, x in (("key_lengths", key_lengths), ("key_starts", key_starts), ("prefix_lengths", prefix_lengths)):
         if x is not None:
             _check_per_sequence(name, x, B, q, None if name == "prefix_lengths" else T, values)

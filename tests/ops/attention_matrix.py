@@ -192,14 +192,21 @@ def table() -> str:
     for name, feature in FEATURES.items():
         case, args, _ = case_of((name,))
         backend = ops.explain(lambda *a, case=case: case.fn(*a, backend="auto"), *args).backend
-        words = [*feature.get("options", lambda n: {})(1), *feature.get("tensors", {})] or ["cu_seqlens_q"] * (name == "packed")
+        words = [*feature.get("options", lambda n: {})(1), *feature.get("tensors", {})] or ["cu_seqlens_q"] * (
+            name == "packed"
+        )
         says = ", ".join(f"`{word}`" for word in words if word != "seed") or "shapes, dtype"
         gradients = ", ".join(["q, k, v", *feature.get("tensors", {})])
         packed = "" if name == "packed" else "yes" if _sayable((name, "packed")) else "no"
         decode = _DECODE.get(name, "")
         decode = f"`{decode}`" if decode not in ("", "always") else decode
-        lines.append(f"| {name} | {says} | {gradients} | {packed} | {decode} | {'SDPA' if backend == 'torch' else 'reference'} |")
-    lines.append(f"\nTested under the accuracy rule: each of the {len(pairs()) - len(FEATURES)} pairs that can be said, and {TRIPLES} triples.")
+        lines.append(
+            f"| {name} | {says} | {gradients} | {packed} | {decode} | {'SDPA' if backend == 'torch' else 'reference'} |"
+        )
+    count = len(pairs()) - len(FEATURES)
+    lines.append(
+        f"\nTested under the accuracy rule: each of the {count} pairs that can be said, and {TRIPLES} triples."
+    )
     return "\n".join(lines)
 
 
