@@ -94,16 +94,20 @@ job=$!
 wait "$job"
 say "tests: exit status $? ($SECONDS s)"
 
-# First every op without torch.compile, whose own compiling takes most of the time; then with it, as far as time allows. The
-# table takes the later pass where there is one, so that what it compares was measured in one process.
-# One process per op: a kernel that breaks the GPU's context costs one op.
-for pass in "--skip torch.compile" ""; do
-  for op in $("$python" -m benchmarks run --list); do
-    [ "$(left)" -gt 20 ] || { say "out of time before $op ${pass:-with torch.compile}"; continue; }
-    timeout --signal=INT --kill-after=5 "$(($(left) - 10))" "$python" -m benchmarks run --op "$op" --suite "$suite" $pass \
-      "${options[@]}" --out "$out" >>"$out/ops.txt" 2>"$work/errors.txt" &
-    job=$!
-    wait "$job" || say "$op: exit status $?: $(tail -n 1 "$work/errors.txt" | cut -c1-160)"
-  done
+# First every op without torch.compile, whose own compiling takes most of the time; then with it, as far as time allows; last
+# attention beside FlexAttention, which is torch.compile too. The table takes the latest pass there is, so that what it compares
+# was measured in one process. One process per op: a kernel that breaks the GPU's context costs one op.
+measure() { # measure OP OPTIONS...
+  [ "$(left)" -gt 20 ] || { say "out of time before $*"; return; }
+  timeout --signal=INT --kill-after=5 "$(($(left) - 10))" "$python" -m benchmarks run --op "$@" --suite "$suite" \
+    "${options[@]}" --out "$out" >>"$out/ops.txt" 2>"$work/errors.txt" &
+  job=$!
+  wait "$job" || say "$1: exit status $?: $(tail -n 1 "$work/errors.txt" | cut -c1-160)"
+}
+ops="$("$python" -m benchmarks run --list)"
+for op in $ops; do measure "$op" --skip torch.compile --skip compiled --skip flex; done
+for op in $ops; do
+  [ "$op" = attention ] || measure "$op"
 done
+measure attention
 exit 0
