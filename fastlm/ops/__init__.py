@@ -3,10 +3,12 @@
 from fastlm.ops._op import Explanation, explain, use_backend
 from fastlm.ops.activation import activation, glu
 from fastlm.ops.adamw import adamw_
+from fastlm.ops.append_kv import append_kv_
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_maps import attention_weights, received_attention
 from fastlm.ops.attention_options import RelativeBias
 from fastlm.ops.block_mask import BlockMask
+from fastlm.ops.decode_attention import decode_attention
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.rms_norm import rms_norm
@@ -18,8 +20,10 @@ __all__ = [
     "RelativeBias",
     "activation",
     "adamw_",
+    "append_kv_",
     "attention",
     "attention_weights",
+    "decode_attention",
     "explain",
     "glu",
     "layer_norm",
