@@ -40,14 +40,15 @@ _COMBINED = 16  # shares brought together at a time
 @triton.jit
 def _page_of(table_row, start, end, pages, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The pages of keys start .. start + BLOCK_N - 1: a number where it is one for all, else [BLOCK_N]. Keys past end: any."""
+    # Unsigned: dividing by a power of two is then a shift.
     if PAGE == 0:
-        page = tl.zeros((), tl.int64)
+        page = tl.zeros((), tl.int32)
     elif PAGE % BLOCK_N == 0:
-        page = tl.load(table_row + start // PAGE, mask=start < end, other=0).to(tl.int64)
+        page = tl.load(table_row + tl.cast(start, tl.uint32) // PAGE, mask=start < end, other=0)
     else:
         key = start + tl.arange(0, BLOCK_N)
-        page = tl.load(table_row + key // PAGE, mask=key < end, other=0).to(tl.int64)
-    return tl.minimum(tl.maximum(page, 0), pages - 1)
+        page = tl.load(table_row + key.to(tl.uint32) // PAGE, mask=key < end, other=0)
+    return tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
 
 
 @triton.jit
@@ -57,9 +58,13 @@ def _offsets(page, start, stride_page, stride_slot, PAGE: tl.constexpr, BLOCK_N:
     if PAGE == 0:
         return tl.cast(start, tl.int64) * stride_slot + n.to(tl.int64) * stride_slot
     elif PAGE % BLOCK_N == 0:
-        return page * stride_page + tl.cast(start % PAGE, tl.int64) * stride_slot + n.to(tl.int64) * stride_slot
+        return (
+            page * stride_page
+            + (tl.cast(start, tl.uint32) % PAGE).to(tl.int64) * stride_slot
+            + n.to(tl.int64) * stride_slot
+        )
     else:
-        return page * stride_page + ((start + n) % PAGE).to(tl.int64) * stride_slot
+        return page * stride_page + ((start + n).to(tl.uint32) % PAGE).to(tl.int64) * stride_slot
 
 
 @triton.jit

@@ -18,13 +18,18 @@ MAX_QUERIES = 16
 
 def _reference(call: Call, page_table: Tensor | None, return_lse: bool):
     """attention over the gathered cache. `call` holds the cache as k and v."""
-    if call.left >= 0:  # keys before every window belong to nobody, whatever they hold
+    return attention_reference(*_as_attention(call, page_table), return_lse)
+
+
+def _as_attention(call: Call, page_table: Tensor | None) -> Call:
+    """The same call over a contiguous cache, and with keys before every window hidden: they may hold anything."""
+    if call.left >= 0:
         starts, S = Extras(*call.extras).key_starts if call.extras else None, call.q.shape[1]
         window = (call.key_lengths.clamp(max=_places(call.k, page_table)) - S - call.left).clamp(min=0)
         call = _with_starts(call, window if starts is None else torch.maximum(starts, window))
-    if page_table is not None:
-        call = call._replace(k=_gathered(call.k, page_table), v=_gathered(call.v, page_table))
-    return attention_reference(*call, return_lse)
+    if page_table is None:
+        return call
+    return call._replace(k=_gathered(call.k, page_table), v=_gathered(call.v, page_table))
 
 
 def _places(cache, page_table):
@@ -46,8 +51,7 @@ def _with_starts(call: Call, starts: Tensor | None) -> Call:
 def _torch(call: Call, page_table: Tensor | None, return_lse: bool) -> Tensor:
     spans = _spans(call)
     if spans is None:  # lengths that the host must not read: a GPU, a traced graph
-        k, v = (x if page_table is None else _gathered(x, page_table) for x in (call.k, call.v))
-        return attention_torch.attend(*call._replace(k=k, v=v), False)
+        return attention_torch.attend(*_as_attention(call, page_table), False)
     if len(set(spans)) == 1:
         return _attend_span(call, page_table, spans[0])
     rows = [call.q.new_empty(0, *call.q.shape[1:3], call.v.shape[3])]
