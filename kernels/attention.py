@@ -21,6 +21,7 @@ from .attention_common import (
     interpreted_block,
     kept,
     key_range,
+    line_of,
     live,
     live_keys,
     padded,
@@ -71,7 +72,9 @@ def _attend_tile(
         scores = tl.where(seen != 0, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * factor)
     base = new_top
-    if MASKED or pattern_ptr is not None or rule.bias is not None:  # a query that has seen nothing yet: no inf - inf
+    if (
+        MASKED or pattern_ptr is not None or rule.bias is not None or rule.distances is not None
+    ):  # a query that has seen nothing yet: no inf - inf
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
     probs = tl.exp2(scores * factor - base[:, None])
     shrink = tl.exp2(top - base)
@@ -142,7 +145,7 @@ def _attention_fwd_kernel(
     place = place_of(rule, b, h, S, T)
     first = tile * BLOCK_M
     if rule.cu_q is not None:
-        if first >= place.S:
+        if (first < 0) | (first >= place.S):
             return
     h_kv = place.h // GROUP
     q_ptr += row_base(rule, place.b, place.q_row, place.h, stride_qb, stride_qs, stride_qh)
@@ -157,9 +160,7 @@ def _attention_fwd_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     # Each loop stands in an `if` that rules out zero rounds: without it ptxas serialises the wgmma of the loop (C7515).
     if rule.blocks is not None:
-        line = place.b * rule.blocks_b + place.h * rule.blocks_h + first // rule.block_q
-        partial = tl.load(rule.blocks_partial + line)
-        count = tl.load(rule.blocks + line)
+        line, partial, count = line_of(rule, place, first, rule.block_q)
         if partial > 0:
             acc, total, top = _attend_listed(
                 acc, total, top, q, k_ptr, v_ptr, stride_kt, stride_vt, line, 0, partial, first, query, rule, place, H, scale,
@@ -193,6 +194,7 @@ def _attention_fwd_kernel(
     if rule.sinks is not None:  # one more logit in the sum, with no value
         sink = tl.load(rule.sinks + place.h).to(tl.float32) * LOG2E
         new_top = tl.maximum(top, sink)
+        new_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # a sink of -inf under a query that sees nothing
         shrink = tl.exp2(top - new_top)
         total = tl.where(dead, 0.0, total * shrink + tl.exp2(sink - new_top))
         acc = acc * shrink[:, None]
@@ -241,6 +243,9 @@ def attention_fwd(*args):
         return o.zero_(), lse.fill_(float("-inf"))
     block_d, block_dv = padded(D), padded(DV)
     block_m, block_n, num_warps, num_stages = _settings(a, max(block_d, block_dv))
+    if a.packed:  # rows of no sequence, which cu_seqlens unchecked on a GPU may leave
+        o.zero_()
+        lse.fill_(float("-inf"))
     rule = rule_of(a, "rows")
     if rule.blocks is not None:
         block_m, block_n = min(block_m, rule.block_q), min(block_n, rule.block_k)

@@ -133,6 +133,8 @@ def attention_bwd(dout, dlse, o, lse, wanted, *args):
     if dq.numel() == 0 or T == 0 or a.sequences == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), *(_nothing(x, a.q) if not w else torch.empty_like(x).zero_()
                                                      for x, w in zip((a.bias, a.distances, a.sinks), wanted))  # fmt: skip
+    if a.packed:  # rows of no sequence, see attention.py
+        dq.zero_(), dk.zero_(), dv.zero_()
     norm, delta = _stats(dout, dlse, o, lse)
     block_d, block_dv = padded(D), padded(DV)
     tensors = (a.q, a.k, a.v, dout, norm, delta)

@@ -20,7 +20,7 @@ class Arguments(NamedTuple):
     distances: Any
     sinks: Any
     extras: Any
-    align_end: bool
+    align: int
     left: int
     right: int
     scale: float
@@ -98,7 +98,8 @@ def rule_of(a: Arguments, lines: str) -> Rule:
     """The kernels' Rule, with the block lists of "rows" (forward, dQ) or of "columns" (dK dV)."""
     e = a.extras
     rule = Rule(
-        align_end=1 if a.align_end else None,
+        align_seen=1 if a.align == 1 else None,
+        align_end=1 if a.align == 2 else None,
         left=a.left if a.left >= 0 else None,
         right=a.right if a.right >= 0 else None,
         key_lengths=a.key_lengths,
@@ -131,6 +132,7 @@ def rule_of(a: Arguments, lines: str) -> Rule:
         rule = rule._replace(
             blocks=count, blocks_partial=partial, blocks_index=index, blocks_pattern=pattern,
             blocks_b=H * line_count if B > 1 else 0, blocks_h=line_count if H > 1 else 0,
-            blocks_width=index.shape[3], patterns=e.patterns, block_q=e.patterns.shape[1], block_k=e.patterns.shape[2],
+            blocks_width=index.shape[3], blocks_lines=line_count,
+            patterns=e.patterns, block_q=e.patterns.shape[1], block_k=e.patterns.shape[2],
         )  # fmt: skip
     return rule

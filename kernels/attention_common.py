@@ -16,6 +16,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LARGE_MEMORY = 227 << 10  # shared memory of a program on Hopper and data-centre Blackwell, bytes
 LN2 = tl.constexpr(0.6931471805599453)
+HIDDEN = tl.constexpr(-2e38)  # a bias below hides the key: torch.finfo(torch.float32).min as well as -inf
 
 
 class Rule(NamedTuple):
@@ -24,7 +25,8 @@ class Rule(NamedTuple):
     Flat, since Triton 3.6 cannot test a tuple inside a tuple for None; no booleans, which its interpreter refuses in tuples.
     """
 
-    align_end: Any = None  # 1: the diagonal ends at the last key; None: it begins at the first
+    align_seen: Any = None  # 1: the diagonal ends at the last key that can be seen
+    align_end: Any = None  # 1: at the last key there is; neither: it begins at the first
     left: Any = None  # keys seen before and after the diagonal
     right: Any = None
     key_lengths: Any = None  # [B]
@@ -57,6 +59,7 @@ class Rule(NamedTuple):
     blocks_b: Any = None  # strides in lines; 0 where broadcast
     blocks_h: Any = None
     blocks_width: Any = None  # entries per line
+    blocks_lines: Any = None  # lines per head: packed sequences may turn out longer
     patterns: Any = None  # uint8 [., block_q, block_k]
     block_q: Any = None
     block_k: Any = None
@@ -94,13 +97,14 @@ def head_and_tile(tiles, heads, section, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def segment_of(tile, cu_ptr, segments, BLOCK: tl.constexpr):
+def segment_of(tile, cu_ptr, segments, rows, BLOCK: tl.constexpr):
     """The packed sequence that a tile belongs to: sequence b owns the tiles from cu[b] // BLOCK + b up to the next one's."""
     low = 0
     high = segments
     while high - low > 1:
         middle = (low + high) // 2
-        below = tl.load(cu_ptr + middle) // BLOCK + middle <= tile
+        first = tl.minimum(tl.maximum(tl.load(cu_ptr + middle), 0), rows)
+        below = first // BLOCK + middle <= tile
         low = tl.where(below, middle, low)
         high = tl.where(below, high, middle)
     return low
@@ -119,14 +123,14 @@ def tile_of(cu_ptr, segments, heads, H, rows, section, BLOCK: tl.constexpr, LAST
     """(sequence, head, tile within the sequence) of this program; heads counts those of all sequences (packed: H).
 
     A packed grid has cdiv(rows, BLOCK) + segments tiles per head, so that no length need be known on the host; the few that
-    are too many begin past the end of their sequence.
+    are too many begin past the end of their sequence, or (cu_seqlens that do not rise) before its first row.
     """
     if cu_ptr is None:
         head, tile = head_and_tile(tl.cdiv(rows, BLOCK), heads, section, LAST_FIRST)
         return head // H, head % H, tile
     else:
         h, at = head_and_tile(tl.cdiv(rows, BLOCK) + segments, heads, section, LAST_FIRST)
-        b = segment_of(at, cu_ptr, segments, BLOCK)
+        b = segment_of(at, cu_ptr, segments, rows, BLOCK)
         first = tl.minimum(tl.maximum(tl.load(cu_ptr + b), 0), rows).to(tl.int32)
         return b, h, at - (first // BLOCK + b)
 
@@ -144,14 +148,17 @@ def place_of(rule, b, h, S, T):
         first_k, limit = rows_of(rule.cu_k, b, T)
         q_row = first_q.to(tl.int64)
         k_row = first_k.to(tl.int64)
+    last = limit
     if rule.key_lengths is not None:
         limit = tl.minimum(tl.maximum(tl.load(rule.key_lengths + b), 0), limit).to(tl.int32)
     start = 0
     if rule.key_starts is not None:
         start = tl.minimum(tl.maximum(tl.load(rule.key_starts + b), 0), limit).to(tl.int32)
     offset = 0
-    if rule.align_end is not None:
+    if rule.align_seen is not None:
         offset = limit - length
+    if rule.align_end is not None:
+        offset = last - length
     prefix = 0
     if rule.prefix_lengths is not None:
         prefix = tl.minimum(tl.maximum(tl.load(rule.prefix_lengths + b), 0), limit).to(tl.int32)
@@ -168,16 +175,25 @@ def row_base(rule, b, row, h, stride_b, stride_row, stride_h):
 
 
 @triton.jit
+def line_of(rule, place, position, BLOCK):
+    """(line, partial entries, entries) of the block lists for a tile of queries (or keys) that begins at this position."""
+    row = position // BLOCK
+    line = place.b * rule.blocks_b + place.h * rule.blocks_h + row
+    inside = row < rule.blocks_lines
+    partial = tl.load(rule.blocks_partial + line, mask=inside, other=0)
+    return line, partial, tl.load(rule.blocks + line, mask=inside, other=0)
+
+
+@triton.jit
 def block_seen(rule, place, first, start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Boolean tile: what the block lists (of rows) show of the tile of queries from `first` and keys from `start` on."""
     line = place.b * rule.blocks_b + place.h * rule.blocks_h + tl.maximum(first, 0) // rule.block_q
     query = first + tl.arange(0, BLOCK_M)
     key = start + tl.arange(0, BLOCK_N)
     seen = tl.zeros((BLOCK_M, BLOCK_N), tl.int1)
-    # The tile may lie across two rows and two columns of blocks.
-    for below in range(0, 2):
+    for below in range(0, BLOCK_M // rule.block_q + 2):  # the rows of blocks that it may lie across
         row = tl.maximum(first, 0) // rule.block_q + below
-        inside = row * rule.block_q < place.S
+        inside = row < rule.blocks_lines
         count = tl.load(rule.blocks + line + below, mask=inside, other=0)
         partial = tl.load(rule.blocks_partial + line + below, mask=inside, other=0)
         mine = (query >= 0) & (query // rule.block_q == row)
@@ -297,8 +313,10 @@ def visible(rule, place, query, key):
     if rule.key_starts is not None:
         seen = seen & (key >= place.start)
     if rule.documents_q is not None:
-        theirs = tl.load(rule.documents_q + place.q_row + query, mask=query < place.S, other=-1)
-        seen = seen & (theirs == tl.load(rule.documents_k + place.k_row + key, mask=key < place.limit, other=-2))
+        # Positions may be negative where tiles are laid from the diagonal.
+        theirs = tl.load(rule.documents_q + place.q_row + query, mask=(query >= 0) & (query < place.S), other=-1)
+        ours = tl.load(rule.documents_k + place.k_row + key, mask=(key >= 0) & (key < place.limit), other=-2)
+        seen = seen & (theirs == ours)
     return seen
 
 
@@ -328,12 +346,15 @@ def with_additions(logits, rule, place, query, key):
     if rule.distances is not None:
         distance = tl.minimum(tl.maximum(key - query - place.offset, -rule.reach), rule.reach) + rule.reach
         at = rule.distances + place.h * (2 * rule.reach + 1)
-        logits += tl.load(at + distance).to(tl.float32) * LOG2E
+        added = tl.load(at + distance).to(tl.float32)
+        logits += tl.where(added < HIDDEN, float("-inf"), added * LOG2E)
     if rule.bias is not None:
         at = rule.bias + (place.b * rule.bias_b + place.h * rule.bias_h)
-        inside = (query < tl.minimum(place.S, rule.bias_rows)) & (key < tl.minimum(place.limit, rule.bias_columns))
+        inside = (query >= 0) & (query < tl.minimum(place.S, rule.bias_rows))
+        inside = inside & (key >= 0) & (key < tl.minimum(place.limit, rule.bias_columns))
         added = tl.load(at + query.to(tl.int64) * rule.bias_q + key.to(tl.int64) * rule.bias_k, mask=inside, other=0.0)
-        logits += added.to(tl.float32) * LOG2E
+        added = added.to(tl.float32)
+        logits += tl.where(added < HIDDEN, float("-inf"), added * LOG2E)  # lower ones overflow in base 2
     return logits
 
 
@@ -358,11 +379,11 @@ def kept(rule, place, H, query, key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
     c2 = zero + (place.b * H + place.h).to(tl.int32)
     c3 = zero + (offset & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last two axes count 0, 1, 2, 3
+    bits = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last two axes count 0, 1, 2, 3
     if KEYS_DOWN:
-        words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (BLOCK_N, BLOCK_M))
+        words = tl.reshape(tl.permute(bits, (0, 2, 3, 1)), (BLOCK_N, BLOCK_M))
     else:
-        words = tl.reshape(words, (BLOCK_M, BLOCK_N))
+        words = tl.reshape(bits, (BLOCK_M, BLOCK_N))
     return words.to(tl.uint32, bitcast=True) >= tl.cast(rule.threshold, tl.uint32)
 
 

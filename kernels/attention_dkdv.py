@@ -10,6 +10,7 @@ from .attention_common import (
     Place,
     capped,
     kept,
+    line_of,
     live,
     live_keys,
     place_of,
@@ -159,7 +160,7 @@ def _attention_dkdv_kernel(
     length = T
     if rule.cu_k is not None:
         _, length = rows_of(rule.cu_k, b, T)
-        if first >= length:
+        if (first < 0) | (first >= length):
             return
     h_kv = h_kv.to(tl.int64)
     key = first + tl.arange(0, BLOCK_N)
@@ -182,9 +183,7 @@ def _attention_dkdv_kernel(
         for head in range(0, GROUP):
             head64 = tl.cast(head, tl.int64)
             here = _head_of_group(place, head64)
-            line = here.b * rule.blocks_b + here.h * rule.blocks_h + first // rule.block_k
-            partial = tl.load(rule.blocks_partial + line)
-            count = tl.load(rule.blocks + line)
+            line, partial, count = line_of(rule, here, first, rule.block_k)
             q_here, dout_here = q_ptr + head64 * stride_qh, dout_ptr + head64 * stride_dh
             stats_here = stats + head64 * S_padded
             dk, dv = _dkdv_of_listed(

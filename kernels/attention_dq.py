@@ -10,6 +10,7 @@ from .attention_common import (
     capped,
     kept,
     key_range,
+    line_of,
     live,
     live_keys,
     place_of,
@@ -101,7 +102,7 @@ def _attention_dq_kernel(
     place = place_of(rule, b, h, S, T)
     first = tile * BLOCK_M
     if rule.cu_q is not None:
-        if first >= place.S:
+        if (first < 0) | (first >= place.S):
             return
     h_kv = place.h // GROUP
     query = first + tl.arange(0, BLOCK_M)
@@ -125,9 +126,7 @@ def _attention_dq_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     # Each loop stands in an `if` that rules out zero rounds: without it ptxas serialises the wgmma of the loop (C7515).
     if rule.blocks is not None:
-        line = place.b * rule.blocks_b + place.h * rule.blocks_h + first // rule.block_q
-        partial = tl.load(rule.blocks_partial + line)
-        count = tl.load(rule.blocks + line)
+        line, partial, count = line_of(rule, place, first, rule.block_q)
         if partial > 0:
             dq = _add_to_dq(
                 dq, q, dout, norm, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, 0, partial, first, query, line, rule, place, H,

@@ -134,6 +134,7 @@ def _finished(total, top, rule, head):
     if rule.sinks is not None:  # one more logit in the sum, with no value
         sink = tl.load(rule.sinks + head).to(tl.float32) * LOG2E
         new_top = tl.maximum(top, sink)
+        new_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # a sink of -inf under a row that saw nothing
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.exp2(sink - new_top)
         top = new_top
@@ -287,7 +288,7 @@ def decode_attention(
         None if x is None else x.contiguous() for x in (key_starts, alibi, distances, sinks)
     )
     rule = Rule(
-        align_end=1, left=left if left >= 0 else None, right=0, key_lengths=lengths, key_starts=starts,
+        align_seen=1, left=left if left >= 0 else None, right=0, key_lengths=lengths, key_starts=starts,
         softcap=softcap or None, alibi=slopes, distances=by_distance,
         reach=None if by_distance is None else by_distance.shape[1] // 2, sinks=logits,
     )  # fmt: skip

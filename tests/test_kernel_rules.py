@@ -22,11 +22,12 @@ def _is_jit(function: ast.FunctionDef) -> bool:
 
 
 def _is_load(value: ast.expr) -> bool:
-    return isinstance(value, ast.Call) and ast.unparse(value.func) == "tl.load"
+    """A load, or a join: that is for random bits, which no product takes."""
+    return isinstance(value, ast.Call) and ast.unparse(value.func) in ("tl.load", "tl.join")
 
 
 def _only_loaded(function: ast.FunctionDef, name: str) -> bool:
-    """True if every assignment to `name` in the function is a plain `name = tl.load(...)`, and there is one."""
+    """True if every assignment to `name` in the function is a plain `name = tl.load(...)` or tl.join(...), and there is one."""
     values = []
     for node in ast.walk(function):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]

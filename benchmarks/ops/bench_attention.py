@@ -171,7 +171,7 @@ def _aot(width, causal, dtype=torch.bfloat16, H=32, H_kv=8, S=4096, left=-1, sof
         None,
         *per_head,
         Extras(**small).listed(),
-        bool(causal),
+        int(causal),
         left,
         0 if causal else -1,
         scale,

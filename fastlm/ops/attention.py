@@ -24,7 +24,7 @@ def _supports(backend, call, return_lse):
         if call.scale <= 0:
             return f"its softmax needs scale > 0, got {call.scale}"
         slopes = call.extras[0] if call.extras else None
-        if slopes is not None and slopes.requires_grad:
+        if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
             return (
                 "it has no gradient of alibi_slopes, which are constants in the paper; detach them or use relative_bias"
             )
@@ -33,7 +33,7 @@ def _supports(backend, call, return_lse):
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_lengths, Tensor? bias, Tensor? distances, Tensor? sinks, Tensor?[] extras,"
-    " bool align_end, int left, int right, float scale, float softcap, float dropout, str backend"
+    " int align, int left, int right, float scale, float softcap, float dropout, str backend"
 )
 OP = Op(
     "attention",
@@ -195,22 +195,24 @@ def attention(
         causal: False; True or "bottom_right": query i sees key j where j <= i + T - S, so the last query sees the last key
             (flash-attention's meaning); "top_left": j <= i (that of torch's is_causal).
         window: (left, right): only keys from `left` before to `right` after the diagonal that causal names (without causal
-            that of bottom_right); -1 or None for no limit on that side.
+            the one that ends at the last key of k, whatever key_lengths says); -1 or None for no limit on that side.
         scale: multiplies the scores; None for Dh ** -0.5.
-        bias: floating point, broadcastable to [B, H, S, T], added to the scores; gets a gradient. -inf hides a key. With packed
-            sequences S and T are positions within a sequence (the longest one's lengths).
+        bias: floating point, broadcastable to [B, H, S, T], added to the scores; gets a gradient. Values below -2e38, -inf and
+            torch.finfo(torch.float32).min among them, hide a key. With packed sequences S and T are positions within a
+            sequence, and at least the longest one's lengths.
         relative_bias: learned bias by distance, never stored as S x T: a RelativeBias (T5's bucket table) or a tensor
-            [H, 2 R + 1], the bias of distances key - query from -R to R, clamped; gets a gradient.
+            [H, 2 R + 1], the bias of distances from -R to R, clamped; gets a gradient. A key's distance is counted from the
+            diagonal as window does it: key - query where there are as many keys as queries.
         alibi_slopes: [H]: adds -slope * |distance from the diagonal| (Press et al. 2022, arXiv:2108.12409).
         softcap: scores become softcap * tanh(scores / softcap), before anything is added (Gemma 2).
         sinks: [H], a learned logit per head that takes part in the softmax without a value (Xiao et al. 2023,
             arXiv:2309.17453); gets a gradient.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 [B + 1], from 0 to total: sequences packed one behind the other. The second
-            may be left out where it equals the first.
+            may be left out where it equals the first. Rows of no sequence (on a GPU, where nobody checks) come out as 0.
         max_seqlen_q, max_seqlen_k: not needed; if given, checked wherever values are.
         key_lengths: int32 or int64 [B] in [0, T], or None for T everywhere. Keys at or past it are not seen, whatever they
-            hold, NaN included; bottom_right then aligns the last query with key key_lengths[b] - 1, which is decoding
-            against a preallocated cache.
+            hold, NaN included; causal=True then aligns the last query with key key_lengths[b] - 1, which is decoding against
+            a preallocated cache. Without causal the lengths move nothing, which is right padding.
         key_starts: int32 or int64 [B]: keys before it are not seen, whatever they hold: left padding.
         prefix_lengths: int32 or int64 [B]: keys below it are seen despite causal and window: prefix-LM.
         document_ids: int32 or int64 [B, S] (packed [total]), or a pair for queries and keys: only keys of the query's own

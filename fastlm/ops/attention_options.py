@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import NamedTuple
 
 import torch
@@ -11,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops._op import autocast_dtype, host_values
-from fastlm.ops.attention_reference import Call, Extras
+from fastlm.ops.attention_reference import FROM_START, TO_END, TO_SEEN, Call, Extras
 from fastlm.ops.block_mask import BlockMask
 
-_CORNERS = {False: (True, -1), True: (True, 0), "bottom_right": (True, 0), "top_left": (False, 0)}
+_CORNERS = {False: (TO_END, -1), True: (TO_SEEN, 0), "bottom_right": (TO_SEEN, 0), "top_left": (FROM_START, 0)}
+_NO_LIMIT = 2**30  # a window this wide shows everything, and sums with positions stay in 32 bits
 _INTEGERS = (torch.int32, torch.int64)
 
 
@@ -34,6 +34,9 @@ class RelativeBias(NamedTuple):
     def by_distance(self) -> Tensor:
         """[H, 2 max_distance + 1]: the bias of a key at distance -max_distance, ..., max_distance from its query."""
         reach = self.max_distance
+        if not isinstance(self.table, Tensor) or self.table.ndim != 2 or not isinstance(reach, int):
+            raise TypeError(f"attention: relative_bias needs a table [buckets, H] and an int max_distance, got "
+                            f"{list(getattr(self.table, 'shape', [])) or self.table!r} and {reach!r}")  # fmt: skip
         buckets = self.table.shape[0] // (2 if self.bidirectional else 1)
         exact = buckets // 2
         if exact < 1 or reach <= exact:
@@ -86,7 +89,7 @@ def make_call(
         if cu_seqlens_k is None and q.shape[0] == k.shape[0]:
             cu_seqlens_k = cu_seqlens_q
         q, k, v = q[None], k[None], v[None]
-    align_end, left, right = _band(causal, window)
+    align, left, right = _band(causal, window)
     dtype = autocast_dtype(q)
     if dtype is not None and q.dtype is not torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -94,9 +97,11 @@ def make_call(
         raise TypeError(f"attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them")
     values = check or q.device.type == "cpu"
     if packed:
-        _check_cu("cu_seqlens_q", cu_seqlens_q, q, None, values, max_seqlen_q)
-        _check_cu("cu_seqlens_k", cu_seqlens_k, k, cu_seqlens_q.shape[0], values, max_seqlen_k)
+        longest_q = _check_cu("cu_seqlens_q", cu_seqlens_q, q, None, values, max_seqlen_q)
+        longest_k = _check_cu("cu_seqlens_k", cu_seqlens_k, k, cu_seqlens_q.shape[0], values, max_seqlen_k)
         B, S, T = cu_seqlens_q.shape[0] - 1, None, None
+        if longest_q is not None:
+            _check_covers(bias, block_mask, longest_q, longest_k)
     else:
         B, S, T = q.shape[0], q.shape[1], k.shape[1]
         if max_seqlen_q is not None or max_seqlen_k is not None:
@@ -106,8 +111,8 @@ def make_call(
     for name, x in (("key_lengths", key_lengths), ("key_starts", key_starts), ("prefix_lengths", prefix_lengths)):
         if x is not None:
             _check_per_sequence(name, x, B, q, None if name == "prefix_lengths" else T, values)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"attention: softcap must be > 0 or None, got {softcap}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"attention: softcap must be > 0 and finite, or None, got {softcap}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"attention: dropout_p must lie in [0, 1), got {dropout_p}")
     H = q.shape[2]
@@ -117,22 +122,26 @@ def make_call(
     extras = []
     if dropout_p or any(x is not None for x in given):
         slopes = None if alibi_slopes is None else alibi_slopes.float()
-        extras = Extras(slopes, cu_seqlens_q, cu_seqlens_k, key_starts, prefix_lengths, *_documents(document_ids, q, k),
+        extras = Extras(slopes, cu_seqlens_q, cu_seqlens_k, key_starts, prefix_lengths, *_documents(document_ids, q, k, packed),
                         _seed(seed, q) if dropout_p else None, *_blocks(block_mask, q, B, H, S, T)).listed()  # fmt: skip
     if scale is None:
         scale = q.shape[3] ** -0.5
+    elif not abs(scale) < float("inf"):
+        raise ValueError(f"attention: scale must be finite, got {scale}")
     simple = bias is None and relative_bias is None and alibi_slopes is None and left < 0
-    if simple and S == 1 and align_end and right >= 0 and not packed:
+    if simple and S == 1 and align == TO_SEEN and not packed:
         right = -1  # one query at the bottom right sees every key
     if simple and right < 0:
-        align_end = False  # nothing is measured from the diagonal
+        align = FROM_START  # nothing is measured from the diagonal
     return Call(
         q, k, v, key_lengths, _bias(bias, q, B, H, S, T), _distances(relative_bias, H, q), sinks, extras,
-        align_end, left, right, scale, softcap or 0.0, dropout_p,
+        align, left, right, scale, softcap or 0.0, dropout_p,
     )  # fmt: skip
 
 
 def _check_heads(q, k, v, packed):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x)
     if not (q.is_floating_point() and k.is_floating_point() and v.is_floating_point()):
         raise TypeError(f"attention: q, k and v must be floating point, got {q.dtype}, {k.dtype}, {v.dtype}")
     ndim, rows = (3, "[total, ") if packed else (4, "[B, S, ")
@@ -147,7 +156,7 @@ def _check_heads(q, k, v, packed):
     if (not packed and k.shape[0] != q.shape[0]) or k.shape[-1] != D or D == 0:
         wanted = f"[T, H_kv, {D}]" if packed else f"[{q.shape[0]}, T, H_kv, {D}]"
         raise ValueError(f"attention: k must be {wanted} like q {list(q.shape)}, got {list(k.shape)}")
-    if v.shape[:-1] != k.shape[:-1]:
+    if v.shape[:-1] != k.shape[:-1] or v.shape[-1] == 0:
         wanted = ", ".join(map(str, k.shape[:-1]))
         raise ValueError(f"attention: v must be [{wanted}, Dv] like k {list(k.shape)}, got {list(v.shape)}")
     if H_kv == 0 or H % H_kv:
@@ -169,27 +178,38 @@ def _values(x, wanted):
 
 
 def _band(causal, window):
-    """(align_end, left, right) of a Call."""
+    """(align, left, right) of a Call."""
     try:
-        align_end, right = _CORNERS[causal]
+        align, right = _CORNERS[causal]
     except (KeyError, TypeError):
         raise ValueError(
             f"attention: causal must be False, True, 'bottom_right' or 'top_left', got {causal!r}"
         ) from None
     if window is None:
-        return align_end, -1, right
+        return align, -1, right
     try:
-        left, after = (-1 if side is None else operator.index(side) for side in window)
+        left, after = (-1 if side is None else side for side in window)
+        if not all(isinstance(side, (int, torch.SymInt)) for side in (left, after)):
+            raise TypeError
     except (TypeError, ValueError):
         raise ValueError(
             f"attention: window must be a pair (left, right) of integers or None, got {window!r}"
         ) from None
     if left < -1 or after < -1:
         raise ValueError(f"attention: window's sides must be >= 0, or -1 for no limit, got {window!r}")
-    return align_end, left, after if right < 0 else right
+    left, after = (-1 if side >= _NO_LIMIT else side for side in (left, after))
+    return align, left, after if right < 0 else right
+
+
+def _check_tensor(name, x):
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"attention: {name} must be a tensor, got {type(x).__name__}; pass torch.tensor(...) on q's device"
+        )
 
 
 def _check_integers(name, x, q):
+    _check_tensor(name, x)
     if x.dtype not in _INTEGERS:
         raise TypeError(f"attention: {name} must be int32 or int64, got {x.dtype}")
     _check_device(name, x, q)
@@ -205,12 +225,27 @@ def _check_cu(name, cu, x, length, values, longest):
         raise ValueError(f"attention: {name} must be [{'B + 1' if length is None else length}], got {list(cu.shape)}")
     found = _values(cu, values)
     if found is None:
-        return
+        return None
     steps = [b - a for a, b in zip(found, found[1:])]
     if found[0] != 0 or found[-1] != x.shape[1] or min(steps, default=0) < 0:
         raise ValueError(f"attention: {name} must rise from 0 to {x.shape[1]}, the rows given, got {found}")
     if longest is not None and max(steps, default=0) > longest:
         raise ValueError(f"attention: max_seqlen{name[-2:]} is {longest}, and a sequence has {max(steps)} rows")
+    return max(steps, default=0)
+
+
+def _check_covers(bias, block_mask, longest_q, longest_k):
+    """That what goes by position reaches the end of the longest packed sequence."""
+    sizes = []
+    if isinstance(bias, Tensor):
+        sizes.append(("bias", [n if n > 1 else None for n in (1, 1, *bias.shape)[-2:]]))
+    if isinstance(block_mask, BlockMask):
+        sizes.append(("block_mask", block_mask.lengths))
+    for name, size in sizes:
+        if any(n is not None and n < longest for n, longest in zip(size, (longest_q, longest_k))):
+            covered = [1 if n is None else n for n in size]
+            raise ValueError(f"attention: {name} covers {covered} queries and keys, the longest packed sequences have "
+                             f"{[longest_q, longest_k]}; make it that large")  # fmt: skip
 
 
 def _check_per_sequence(name, x, B, q, highest, values):
@@ -226,6 +261,7 @@ def _check_per_sequence(name, x, B, q, highest, values):
 def _check_per_head(name, x, H, q):
     if x is None:
         return
+    _check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"attention: {name} must be floating point, got {x.dtype}")
     if x.shape != (H,):
@@ -233,16 +269,18 @@ def _check_per_head(name, x, H, q):
     _check_device(name, x, q)
 
 
-def _documents(ids, q, k):
+def _documents(ids, q, k, packed):
     if ids is None:
         return None, None
-    pair = (ids, ids) if isinstance(ids, Tensor) else tuple(ids)
-    if len(pair) != 2:
-        raise ValueError(f"attention: document_ids must be one tensor or a pair for queries and keys, got {len(pair)}")
+    pair = (ids, ids) if isinstance(ids, Tensor) else ids
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(
+            f"attention: document_ids must be one tensor or a pair for queries and keys, got {type(ids).__name__}"
+        )
     for which, x, rows in zip(("queries", "keys"), pair, (q, k)):
         _check_integers("document_ids", x, q)
-        if x.shape != rows.shape[:2] and x.shape != rows.shape[1 : 3 - x.ndim]:
-            wanted = list(rows.shape[:2])
+        if x.shape != rows.shape[:2] and not (packed and x.shape == rows.shape[1:2]):
+            wanted = list(rows.shape[1:2] if packed else rows.shape[:2])
             raise ValueError(f"attention: document_ids of the {which} must be {wanted}, got {list(x.shape)}; pass a pair "
                              "(queries', keys') where the two differ")  # fmt: skip
     return tuple(x if x.ndim == 2 else x[None] for x in pair)
@@ -251,6 +289,7 @@ def _documents(ids, q, k):
 def _bias(bias, q, B, H, S, T):
     if bias is None:
         return None
+    _check_tensor("bias", bias)
     if not bias.is_floating_point():
         raise TypeError(
             f"attention: bias must be floating point, got {bias.dtype}; a boolean mask m is torch.where(m, 0.0, -inf)"
@@ -274,6 +313,8 @@ def _distances(relative_bias, H, q):
                          f"of distances -R..R, got {list(getattr(by_distance, 'shape', [])) or by_distance!r}")  # fmt: skip
     if by_distance.shape[0] != H:
         raise ValueError(f"attention: relative_bias must have {H} heads, got {by_distance.shape[0]}")
+    if not by_distance.is_floating_point():
+        raise TypeError(f"attention: relative_bias must be floating point, got {by_distance.dtype}")
     _check_device("relative_bias", by_distance, q)
     return by_distance
 
@@ -288,7 +329,12 @@ def _seed(seed, q):
             )
         _check_device("seed", seed, q)
         return seed
-    return torch.tensor([int(seed), 0], dtype=torch.int64, device=q.device)
+    if not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"attention: seed must be an int or an int64 tensor [2], got {type(seed).__name__}")
+    seed = seed if -(2**63) <= seed < 2**63 else (seed + 2**63) % 2**64 - 2**63  # torch.seed() gives unsigned ones
+    found = torch.full((2,), seed, dtype=torch.int64, device=q.device)  # filled there: no copy that a GPU waits for
+    found[1] = 0
+    return found
 
 
 def _blocks(mask, q, B, H, S, T):

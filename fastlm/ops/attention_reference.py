@@ -14,6 +14,10 @@ from torch import Tensor
 from fastlm.ops._op import compute_dtype
 from fastlm.ops.block_mask import BlockMask
 
+# The diagonal begins at the first query and key; ends at the last query and the last key that can be seen; or at the last key.
+FROM_START, TO_SEEN, TO_END = 0, 1, 2
+HIDDEN = -2e38  # what is added to a score hides the key if it is lower: torch.finfo(torch.float32).min as well as -inf
+
 
 class Extras(NamedTuple):
     """Tensors without a gradient that few calls have. They go through the dispatcher as one list, in this order."""
@@ -52,7 +56,7 @@ class Call(NamedTuple):
     distances: Tensor | None  # [H, 2 R + 1]: added to the score of a key at distance d, -R <= d <= R, clamped
     sinks: Tensor | None  # [H]
     extras: list[Tensor | None]
-    align_end: bool  # distances count from the diagonal that ends at the last key, else from the one through (0, 0)
+    align: int  # where the diagonal lies, from which distances count: FROM_START, TO_SEEN or TO_END
     left: int  # keys seen before the diagonal, -1 for all
     right: int  # keys seen after it, -1 for all; causal is 0
     scale: float
@@ -96,7 +100,7 @@ def scores_and_mask(call: Call, rows: slice = slice(None)) -> tuple[Tensor, Tens
     seen = who_sees_whom(call, rows)
     added = added_scores(call, rows)
     if added is not None:
-        shut = added == float("-inf")
+        shut = added < HIDDEN
         seen = seen & ~shut
         scores = scores + added.masked_fill(shut, 0)
     return scores, seen, ~seen.any(-1, keepdim=True)
@@ -167,7 +171,8 @@ class _Place:
         if call.key_lengths is not None:
             limit = self._per_query(call.key_lengths).clamp(min=0).clamp(max=limit)
         self.limit = limit
-        self.offset = limit - self._per_query(self.lengths_q) if call.align_end else 0
+        end = {FROM_START: None, TO_SEEN: limit, TO_END: self._per_query(self.lengths_k)}[call.align]
+        self.offset = 0 if end is None else end - self._per_query(self.lengths_q)
         self.distance = self.key - self.query - self.offset
 
     def _per_query(self, values):

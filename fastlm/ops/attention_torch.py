@@ -8,7 +8,18 @@ from torch import Tensor
 
 from fastlm.ops import attention_cpu
 from fastlm.ops._op import host_values
-from fastlm.ops.attention_reference import Call, Extras, added_scores, reference, who_sees_whom, without_hidden_keys
+from fastlm.ops.attention_reference import (
+    FROM_START,
+    HIDDEN,
+    TO_END,
+    TO_SEEN,
+    Call,
+    Extras,
+    added_scores,
+    reference,
+    who_sees_whom,
+    without_hidden_keys,
+)
 
 
 def reason_against(call: Call, return_lse: bool) -> str | None:
@@ -40,9 +51,11 @@ def attend(*args) -> Tensor:
     if call.key_lengths is not None and lengths is None:
         return _masked(call)  # lengths that the host must not read: a GPU, a traced graph
     q, k, v = call.q, call.k, call.v
-    band = call.align_end, call.left, call.right
+    band = call.align == TO_SEEN, call.left, call.right
     if lengths is None:
-        return _sdpa(q, k, v, *band, call.scale)
+        return _sdpa(q, k, v, call.align != FROM_START, call.left, call.right, call.scale)
+    if call.align == TO_END and (call.left >= 0 or call.right >= 0):
+        return _masked(call)  # cutting the keys would move the diagonal
     if len(set(lengths)) <= 1:
         T = lengths[0] if lengths else 0
         return _sdpa(q, k[:, :T], v[:, :T], *band, call.scale)
@@ -56,7 +69,7 @@ def _packed(call: Call) -> Tensor:
     extras = Extras(*call.extras)
     sizes = [torch.as_tensor(cu).diff().tolist() for cu in (extras.cu_seqlens_q, extras.cu_seqlens_k)]
     parts = zip(call.q.split(sizes[0], 1), call.k.split(sizes[1], 1), call.v.split(sizes[1], 1))
-    band = call.align_end, call.left, call.right
+    band = call.align != FROM_START, call.left, call.right
     found = [_sdpa(q, k, v, *band, call.scale) for q, k, v in parts]
     return torch.cat(found, 1) if found else call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
 
@@ -72,7 +85,12 @@ def _sdpa(q, k, v, align_end, left, right, scale):
     """F.scaled_dot_product_attention on transposed views; every key of k is visible to someone or cut off here."""
     S, T = q.shape[1], k.shape[1]
     if left >= 0 or right > 0:
-        return _masked(Call(q, k, v, None, None, None, None, [], align_end, left, right, scale, 0.0, 0.0))
+        offset = T - S if align_end else 0
+        if _decided((right < 0 or offset + right >= 0) and (left < 0 or S - 1 + offset - left <= T - 1)):
+            return _sdpa_with(_band(S, T, offset, left, right, q.device), q, k, v, scale)  # every query sees something
+        return _masked(
+            Call(q, k, v, None, None, None, None, [], TO_END if align_end else FROM_START, left, right, scale, 0.0, 0.0)
+        )
     causal = right == 0
     if S == 1 and q.device.type == "cpu":
         first_only = causal and not align_end
@@ -88,15 +106,26 @@ def _sdpa(q, k, v, align_end, left, right, scale):
         return attention_cpu.causal(q, k, v, scale, _causal_reference)
     mask = None
     if causal and not square:
-        mask = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S if align_end else 0)
+        mask = _band(S, T, T - S if align_end else 0, -1, 0, q.device)
+    return _sdpa_with(mask, q, k, v, scale, square)
+
+
+def _sdpa_with(mask, q, k, v, scale, causal=False):
     return F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask, is_causal=square, scale=scale, enable_gqa=_decided(q.shape[2] != k.shape[2]),
+        attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=_decided(q.shape[2] != k.shape[2]),
     ).transpose(1, 2)  # fmt: skip
 
 
+def _band(S, T, offset, left, right, device):
+    """Boolean [S, T]: keys from `left` before to `right` after the diagonal; -1 for no limit."""
+    mask = torch.ones(S, T, dtype=torch.bool, device=device)
+    mask = mask.tril(offset + right) if right >= 0 else mask
+    return mask.triu(offset - left) if left >= 0 else mask
+
+
 def _causal_reference(q, k, v, scale):
-    return reference(q, k, v, None, None, None, None, [], True, -1, 0, scale, 0.0, 0.0, False)
+    return reference(q, k, v, None, None, None, None, [], TO_SEEN, -1, 0, scale, 0.0, 0.0, False)
 
 
 def _sdpa_one_query(q, k, v, scale):
@@ -120,7 +149,7 @@ def _masked(call: Call) -> Tensor:
     seen = who_sees_whom(call)
     added = added_scores(call)
     if added is not None:
-        seen = seen & (added != float("-inf"))
+        seen = seen & (added >= HIDDEN)
     dead = ~seen.any(-1, keepdim=True)
     mask = seen | dead
     if added is not None:
@@ -129,8 +158,4 @@ def _masked(call: Call) -> Tensor:
         )  # stays fp32: rounded, it would move sharp scores
     k, v = without_hidden_keys(call, call.k), without_hidden_keys(call, call.v)
     mask = mask.expand(-1, -1, q.shape[1], k.shape[1])
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask, scale=call.scale, enable_gqa=_decided(q.shape[2] != k.shape[2]),
-    )  # fmt: skip
-    return out.masked_fill(dead, 0).transpose(1, 2)
+    return _sdpa_with(mask, q, k, v, call.scale).masked_fill(dead.transpose(1, 2), 0)

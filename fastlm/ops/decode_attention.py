@@ -9,7 +9,7 @@ from fastlm.ops import attention_torch
 from fastlm.ops._op import Op, autocast_dtype, host_values
 from fastlm.ops.append_kv import check_no_gradient, check_pages, check_per_row, places_of_cache
 from fastlm.ops.attention_options import RelativeBias
-from fastlm.ops.attention_reference import Call, Extras
+from fastlm.ops.attention_reference import TO_SEEN, Call, Extras
 from fastlm.ops.attention_reference import reference as attention_reference
 
 MAX_WIDTH = 256
@@ -278,7 +278,7 @@ def decode_attention(
     slopes = None if alibi_slopes is None else alibi_slopes.float()
     call = Call(
         q=q, k=k_cache, v=v_cache, key_lengths=lengths, bias=None, distances=distances, sinks=sinks,
-        extras=Extras(alibi_slopes=slopes, key_starts=key_starts).listed(), align_end=True, left=left, right=0,
+        extras=Extras(alibi_slopes=slopes, key_starts=key_starts).listed(), align=TO_SEEN, left=left, right=0,
         scale=q.shape[3] ** -0.5 if scale is None else float(scale), softcap=softcap or 0.0, dropout=0.0,
     )  # fmt: skip
     _check_values(call, places, page_table, check)
