@@ -330,7 +330,7 @@ BUGS = {
     "softcap: no slope": (("softcap",), "attention_dq", "slope = 1.0 - tanh * tanh", "slope = 1.0"),
     "softcap: no slope in dk": (("softcap",), "attention_dkdv", "(1.0 - tanh * tanh)", "1.0"),
     "softcap: scale twice": (("softcap",), "attention_common", "2.0 * LOG2E * scale", "2.0 * LOG2E * scale * scale"),
-    "bias: in the wrong base": (("bias",), "attention_common", "added.to(tl.float32) * LOG2E", "added.to(tl.float32)"),
+    "bias: in the wrong base": (("bias",), "attention_common", 'float("-inf"), added * LOG2E', 'float("-inf"), added'),
     "bias: first head for all": (("bias",), "attention_common", "place.h * rule.bias_h", "0 * rule.bias_h"),
     "dbias: tail": (("bias",), "attention_bias_bwd", "(n < columns)[None, :])", "(n < columns - 1)[None, :])"),
     "dbias: one head of all": (("broadcast bias",), "attention_bias_bwd", "(H if ALL_H else 1)):", "1):"),
