@@ -127,6 +127,11 @@ def case_of(names: tuple[str, ...], device: str = "cpu", sizes: dict | None = No
     return Case("attention", fn, lambda *_: args, lambda *_: args, plain=plain, autocast="cast"), args, dtype
 
 
+def backend_of(case: Case, args: tuple) -> str:
+    """The backend that the call takes on these arguments' device by itself."""
+    return ops.explain(lambda *a: case.fn(*a, backend="auto"), *args).backend
+
+
 def _moved(value, device):
     if isinstance(value, tuple):
         return tuple(_moved(item, device) for item in value)
@@ -191,7 +196,7 @@ def table() -> str:
     ]
     for name, feature in FEATURES.items():
         case, args, _ = case_of((name,))
-        backend = ops.explain(lambda *a, case=case: case.fn(*a, backend="auto"), *args).backend
+        backend = backend_of(case, args)
         words = [*feature.get("options", lambda n: {})(1), *feature.get("tensors", {})] or ["cu_seqlens_q"] * (
             name == "packed"
         )
