@@ -14,23 +14,19 @@ from .attention_call import Arguments, rule_of, settings_class
 from .attention_common import (
     LN2,
     LOG2E,
-    capped,
     dot_precision,
     generation,
     heads_per_section,
     interpreted_block,
-    kept,
     key_range,
-    line_of,
     live,
     live_keys,
     padded,
     place_of,
     row_base,
     tile_of,
-    visible,
-    with_additions,
 )
+from .attention_scores import capped, kept, line_of, visible, with_additions
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by generation and padded head width. Nothing spills in 16 bits but where
 # benchmarks/results/aot.json says so: `python -m benchmarks aot --op attention`.

@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import block_seen, generation, place_of, row_base, stats_row
+from .attention_common import generation, place_of, row_base, stats_row
 from .attention_dq import dscores_of
+from .attention_scores import block_seen
 
 
 @triton.jit

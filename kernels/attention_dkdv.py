@@ -8,9 +8,6 @@ import triton.language as tl
 from .attention_common import (
     LOG2E,
     Place,
-    capped,
-    kept,
-    line_of,
     live,
     live_keys,
     place_of,
@@ -20,9 +17,8 @@ from .attention_common import (
     stats_of,
     stats_row,
     tile_of,
-    visible,
-    with_additions,
 )
+from .attention_scores import capped, kept, line_of, visible, with_additions
 
 
 @triton.jit

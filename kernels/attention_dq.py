@@ -5,22 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_common import (
-    LOG2E,
-    capped,
-    kept,
-    key_range,
-    line_of,
-    live,
-    live_keys,
-    place_of,
-    row_base,
-    stats_of,
-    stats_row,
-    tile_of,
-    visible,
-    with_additions,
-)
+from .attention_common import LOG2E, key_range, live, live_keys, place_of, row_base, stats_of, stats_row, tile_of
+from .attention_scores import capped, kept, line_of, visible, with_additions
 
 
 @triton.jit

@@ -14,21 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_common import (
-    LN2,
-    LOG2E,
-    Place,
-    Rule,
-    capped,
-    dot_precision,
-    generation,
-    key_range,
-    padded,
-    place_of,
-    unit_rows,
-    visible,
-    with_additions,
-)
+from .attention_common import LN2, LOG2E, Place, Rule, dot_precision, generation, key_range, padded, place_of, unit_rows
+from .attention_scores import capped, visible, with_additions
 from .common import num_sms
 
 # Keys of a tile by padded head width: 32 KiB of keys and values.

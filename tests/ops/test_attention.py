@@ -269,7 +269,7 @@ BUGS = {
     "forward: output tail unwritten": ("attention", "mask=live(m, rest, DV", "mask=live(m, rest - 1, DV"),
     "wrong corner": ("attention_common", "offset = limit - length", "offset = 0"),
     "range of keys too short": ("attention_common", "hi, tl.maximum(last + place", "hi, tl.maximum(first + place"),
-    "mask off by one": ("attention_common", "key <= query + (place", "key < query + (place"),
+    "mask off by one": ("attention_scores", "key <= query + (place", "key < query + (place"),
     "dk: no scale": ("attention_dkdv", "tl.where(seen, dk * scale, 0.0)", "tl.where(seen, dk, 0.0)"),
     "dk dv: tail unwritten": (
         "attention_dkdv",
