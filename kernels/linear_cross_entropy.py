@@ -14,8 +14,6 @@ import triton.language as tl
 
 from . import chunked_loss
 
-_LOG2E = 1.4426950408889634
-
 
 @triton.jit
 def _tanh(x):

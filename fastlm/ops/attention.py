@@ -8,7 +8,7 @@ from torch import Tensor
 from fastlm.ops import attention_torch
 from fastlm.ops._op import Op, grad_of
 from fastlm.ops.attention_options import RelativeBias, make_call
-from fastlm.ops.attention_reference import Call, Extras, reference
+from fastlm.ops.attention_reference import Call, reference
 from fastlm.ops.block_mask import BlockMask
 
 MAX_WIDTH = 256
@@ -123,7 +123,7 @@ def _rules(call, make):
     return rules
 
 
-def _small(call, wanted=None):
+def _small(call):
     """Places of bias, distances and sinks, always whole."""
     from torch.distributed.tensor import Replicate
 
@@ -183,9 +183,10 @@ def attention(
     check: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """dropout(softmax(softcap(q k^T * scale) + biases + mask)) v per head, without storing the S x T scores.
+    """dropout(softmax(softcap(q k^T * scale) + biases + mask)) v per head.
 
-    All options go together. A key is seen if every mask given lets it through.
+    The triton form stores nothing of size S x T; the torch form a mask of that size where one is needed, the reference the
+    scores. All options go together. A key is seen if every mask given lets it through.
 
     Args:
         q: [B, S, H, Dh], fp16, bf16, fp32 (any float dtype on the reference), any strides; [total, H, Dh] with cu_seqlens.
@@ -217,7 +218,7 @@ def attention(
         prefix_lengths: int32 or int64 [B]: keys below it are seen despite causal and window: prefix-LM.
         document_ids: int32 or int64 [B, S] (packed [total]), or a pair for queries and keys: only keys of the query's own
             document are seen. Where documents lie one behind the other, cu_seqlens does the same without the work.
-        block_mask: a BlockMask: blocks of scores that are not in it cost nothing.
+        block_mask: a BlockMask: blocks of scores that are not in it are skipped (in the torch form where the mask stands alone).
         dropout_p: probability in [0, 1) with which each softmax weight is dropped, the others being scaled up.
         seed: an int, or int64 [2] (seed, offset) on q's device, so that it can change under a CUDA graph; None draws one. The
             same seed drops the same weights on every backend (Philox 4x32-10).
@@ -255,6 +256,3 @@ def attention(
     if q.ndim == 4:
         return found
     return (found[0][0], found[1][0]) if return_lse else found[0]
-
-
-__all__ = ["OP", "BlockMask", "Extras", "RelativeBias", "attention"]
