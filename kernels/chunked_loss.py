@@ -22,13 +22,13 @@ LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 ROW_MULTIPLE = {"cpu": 1, "cuda": 16}
 
 
-def _kind(device):
+def kind_of(device):
     return "cpu" if device.type == "cpu" else "cuda"
 
 
 def chunk_rows(n, width, itemsize, device):
     """Rows per chunk: what the budget allows, evened out so that the last chunk is about as long as the others."""
-    most = max(1, LOGITS_BYTES[_kind(device)] // (width * itemsize))
+    most = max(1, LOGITS_BYTES[kind_of(device)] // (width * itemsize))
     if most >= n:
         return max(n, 1)
     step = 1 if most < 128 else 128  # whole tiles of a product
@@ -41,11 +41,11 @@ def compute_dtype(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def _logits(h, weight, bias, out):
+def logits_of(h, weight, bias, out):
     return torch.mm(h, weight.t(), out=out) if bias is None else torch.addmm(bias, h, weight.t(), out=out)
 
 
-def _add_product(total, a, b, first):
+def add_product(total, a, b, first):
     """total = a b, or total += a b, in total's dtype."""
     if total.dtype == a.dtype:
         return torch.mm(a, b, out=total) if first else total.addmm_(a, b)
@@ -57,7 +57,7 @@ def _add_product(total, a, b, first):
     return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-class _Gradients:
+class Gradients:
     """Gradients of hidden, weight and bias, gathered chunk by chunk; an empty tensor for each that is not needed."""
 
     def __init__(self, h, weight, bias, chunks, need):
@@ -77,7 +77,7 @@ class _Gradients:
         if self.need_dh:
             torch.mm(dlogits, weight, out=self.dh[start : start + h.shape[0]])
         if self.need_dw:
-            _add_product(self.dw, dlogits.t(), h, start == 0)
+            add_product(self.dw, dlogits.t(), h, start == 0)
         if self.need_db:
             self.db += dlogits.sum(0, dtype=self.db.dtype)
 
@@ -92,15 +92,15 @@ def _run(rows, hidden, weight, bias, target, row_scale, need, options):
     n, vocabulary = h.shape[0], weight.shape[0]
     w = weight.to(h.dtype)  # once per call, not once per chunk
     b = None if bias is None else bias.to(h.dtype)
-    multiple = ROW_MULTIPLE[_kind(h.device)]
+    multiple = ROW_MULTIPLE[kind_of(h.device)]
     width = -(-vocabulary // multiple) * multiple
     step = chunk_rows(n, width, h.element_size(), h.device)
     loss = torch.empty(n, dtype=compute_dtype(h.dtype), device=h.device)
     buffer = torch.empty((min(step, n), width), dtype=h.dtype, device=h.device)[:, :vocabulary]
-    gradients = _Gradients(h, weight, bias, -(-n // step), need)
+    gradients = Gradients(h, weight, bias, -(-n // step), need)
     for start in range(0, n, step):
         here = slice(start, min(start + step, n))
-        logits = _logits(h[here], w, b, buffer[: here.stop - start])
+        logits = logits_of(h[here], w, b, buffer[: here.stop - start])
         scale = None if row_scale is None else row_scale[here]
         rows(logits, target[here], loss[here], scale, any(need), *options)
         gradients.add(logits, h[here], w, start)

@@ -108,6 +108,8 @@ class Op:
         kernels: backend -> (forward launcher, backward launcher), each a callable or "module:function" below
             fastlm.kernels that is imported on first use. Launchers take the schema's arguments without `backend`.
         supports: `supports(backend, *tensors) -> reason or None`, given the arguments of `choose`.
+        slower: `slower(backend, *tensors) -> reason or None`: why "auto" passes over a backend that could serve the call,
+            because another one was measured to be faster there. A named backend does not ask.
         dtypes: dtypes the kernels take.
     """
 
@@ -121,6 +123,7 @@ class Op:
         torch: Callable | None = None,
         kernels: dict[str, tuple[Any, Any]] | None = None,
         supports: Callable[..., str | None] | None = None,
+        slower: Callable[..., str | None] | None = None,
         dtypes: Sequence[Any] = (),
     ) -> None:
         self.name = name
@@ -128,6 +131,7 @@ class Op:
         self.kernels = dict(kernels or {})
         self.backends = tuple(b for b in BACKENDS if b in self.plain_forms or b in self.kernels)
         self._supports = supports
+        self._slower = slower
         self._dtypes = tuple(dtypes)
         self._sharding: list[tuple[Any, Callable]] = []
         self._loaded: dict[tuple[str, int], Callable] = {}
@@ -203,6 +207,8 @@ class Op:
                 reasons[name] = "no CUDA tensor among the arguments; name the backend to run its CPU form"
                 continue
             reason = self.reason_against(name, *tensors)
+            if reason is None and self._slower is not None:
+                reason = self._slower(name, *tensors)
             if reason is None:
                 return self._chosen(name, reasons)
             reasons[name] = reason
@@ -274,10 +280,11 @@ def _first_tensor(args: Sequence[Any]) -> Tensor:
 
 def _without_autocast(fn: Callable, args: Sequence[Any], kwargs: dict | None = None) -> Any:
     """fn(*args, **kwargs) with autocast off: a launcher's or a formula's own products and sums keep their dtypes."""
-    device = _first_tensor(args).device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return fn(*args, **(kwargs or {}))
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        device = _first_tensor(args).device.type
+        if device in ("cpu", "cuda"):
+            with torch.autocast(device, enabled=False):
+                return fn(*args, **(kwargs or {}))
     return fn(*args, **(kwargs or {}))
 
 

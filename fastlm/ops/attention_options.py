@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlm.ops._op import autocast_dtype, host_values
 from fastlm.ops.attention_reference import FROM_START, TO_END, TO_SEEN, Call, Extras
 from fastlm.ops.block_mask import BlockMask
+from fastlm.ops.random_bits import seed_tensor
 
 _CORNERS = {False: (TO_END, -1), True: (TO_SEEN, 0), "bottom_right": (TO_SEEN, 0), "top_left": (FROM_START, 0)}
 _NO_LIMIT = 2**30  # a window this wide shows everything, and sums with positions stay in 32 bits
@@ -123,7 +124,8 @@ def make_call(
     if dropout_p or any(x is not None for x in given):
         slopes = None if alibi_slopes is None else alibi_slopes.float()
         extras = Extras(slopes, cu_seqlens_q, cu_seqlens_k, key_starts, prefix_lengths, *_documents(document_ids, q, k, packed),
-                        _seed(seed, q) if dropout_p else None, *_blocks(block_mask, q, B, H, S, T)).listed()  # fmt: skip
+                        seed_tensor("attention", seed, q) if dropout_p else None,
+                        *_blocks(block_mask, q, B, H, S, T)).listed()  # fmt: skip
     if scale is None:
         scale = q.shape[3] ** -0.5
     elif not abs(scale) < float("inf"):
@@ -317,24 +319,6 @@ def _distances(relative_bias, H, q):
         raise TypeError(f"attention: relative_bias must be floating point, got {by_distance.dtype}")
     _check_device("relative_bias", by_distance, q)
     return by_distance
-
-
-def _seed(seed, q):
-    if seed is None:
-        return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.shape != (2,):
-            raise ValueError(
-                f"attention: seed must be an int or an int64 tensor [2] (seed, offset), got {seed.dtype} {list(seed.shape)}"
-            )
-        _check_device("seed", seed, q)
-        return seed
-    if not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"attention: seed must be an int or an int64 tensor [2], got {type(seed).__name__}")
-    seed = seed if -(2**63) <= seed < 2**63 else (seed + 2**63) % 2**64 - 2**63  # torch.seed() gives unsigned ones
-    found = torch.full((2,), seed, dtype=torch.int64, device=q.device)  # filled there: no copy that a GPU waits for
-    found[1] = 0
-    return found
 
 
 def _blocks(mask, q, B, H, S, T):

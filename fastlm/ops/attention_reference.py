@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlm.ops._op import compute_dtype
 from fastlm.ops.block_mask import BlockMask
+from fastlm.ops.random_bits import philox
 
 # The diagonal begins at the first query and key; ends at the last query and the last key that can be seen; or at the last key.
 FROM_START, TO_SEEN, TO_END = 0, 1, 2
@@ -275,15 +276,3 @@ def kept(call: Call) -> Tensor:
     words = torch.stack(philox(seed[0], *(c.expand(shape) for c in counter)), -1)
     word = words.gather(-1, (key % 4).expand(shape).unsqueeze(-1)).squeeze(-1)
     return word >= int(call.dropout * 2**32)
-
-
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random words in [0, 2^32) as int64, for each counter; ten rounds."""
-    low = 0xFFFFFFFF
-    c0, c1, c2, c3 = (c & low for c in (c0, c1, c2, c3))
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps modulo 2^64: the bits are right
-        c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return c0, c1, c2, c3

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastlm import ops
-from fastlm.ops.attention_reference import kept, philox
+from fastlm.ops.attention_reference import kept
+from fastlm.ops.random_bits import philox
 from fastlm.testing import Case, check_op, check_reference
 from tests.ops import attention_matrix as matrix
 

@@ -344,7 +344,7 @@ def test_planted_bug_is_seen(old, new, device):
         ("mean = 1 / (target", "mean = 0 + (target"),  # the mean not taken
         ("(target != ignore_index).sum()", "(target == target).sum()"),  # over all rows
         ("dlogits.t(), h, start == 0", "dlogits.t(), h, True"),  # only the last chunk counts
-        ("_add_product(self.dw, dlogits.t(), h, start == 0)", "_add_product(self.dw, dlogits.t(), h, False)"),
+        ("add_product(self.dw, dlogits.t(), h, start == 0)", "add_product(self.dw, dlogits.t(), h, False)"),
         ("self.db += ", "self.db = "),
         ("here = slice(start, min(start + step, n))", "here = slice(start, min(start + step, n - 1))"),  # the last row
     ],
