@@ -1,0 +1,76 @@
+"""What every kernel over rows of logits shares: reading a logit, the online softmax, writing a gradient over the logits.
+
+Logits z are as a product wrote them; x is what the loss is taken of, x = scale z, bounded by softcap tanh(x / softcap). A program
+owns a row and walks it in tiles; the first pass keeps a running maximum and, per lane, running sums that are rescaled when the
+maximum grows (online softmax, arXiv:1805.02867), the second writes the gradient over the logits, which by then mostly come
+from L2. `mask` is None for a full tile, whose accesses are then 16 bytes wide.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The maximum before the first tile: finite, as a whole tile of -inf must not give inf - inf.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def tanh(x, EXACT: tl.constexpr):
+    """tanh from exp2. Near 0 the difference of two numbers near 1 has few digits left; where more are wanted (EXACT) a
+    polynomial takes over (that of the Cephes library, relative error 2e-7 up to 0.625)."""
+    t = 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * x) + 1.0)
+    if EXACT:
+        s = x * x
+        p = (-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2
+        p = (p * s + 1.33314422036e-1) * s - 3.33332819422e-1
+        t = tl.where(tl.abs(x) < 0.625, p * s * x + x, t)
+    return t
+
+
+@triton.jit
+def logit(z_ptr, mask, scale, softcap, SOFTCAP: tl.constexpr):
+    """x of the logits at z_ptr (a pointer or a tile of pointers) in fp32; softcap is read only if SOFTCAP."""
+    x = tl.load(z_ptr, mask=mask).to(tl.float32) * scale
+    if SOFTCAP:
+        x = softcap * tanh(x / softcap, z_ptr.dtype.element_ty == tl.float32)
+    return x
+
+
+@triton.jit
+def add_to_softmax(x, mask, peak, sums, MASKED: tl.constexpr):
+    """One tile of the first pass: peak (scalar) and sums (per lane) of exp(x - peak), from LOWEST and zeros -> both anew.
+
+    sum(sums) is then sum_v exp(x_v - peak), and its logarithm plus peak the log-sum-exp.
+    """
+    if MASKED:
+        x = tl.where(mask, x, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(x, 0))
+    return new_peak, sums * tl.exp(peak - new_peak) + tl.exp(x - new_peak)
+
+
+@triton.jit
+def add_to_moments(x, mask, peak, sums, moments, MASKED: tl.constexpr):
+    """add_to_softmax that also keeps moments: per lane, the sum of exp(x - peak) (x - peak), never positive.
+
+    The entropy is then log(sum(sums)) - sum(moments) / sum(sums): two terms >= 0, so nothing cancels.
+    """
+    if MASKED:
+        x = tl.where(mask, x, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(x, 0))
+    step = tl.maximum(peak - new_peak, -1000.0)  # not -3e38, whose product with a sum is infinite
+    shrink = tl.exp(step)
+    below = x - new_peak
+    below = tl.where(below < -1000.0, -1000.0, below)  # -inf times its exp of 0 would be NaN; a NaN stays one
+    e = tl.exp(below)
+    return new_peak, sums * shrink + e, (moments + step * sums) * shrink + e * below
+
+
+@triton.jit
+def store_gradient(z_ptr, mask, gradient, x, factor, live, scale, softcap, SOFTCAP: tl.constexpr):
+    """One tile of the second pass: factor (of the row) times d(loss)/dz over the logits, from the gradient of the loss by x."""
+    if SOFTCAP:
+        gradient *= 1.0 - (x / softcap) * (x / softcap)
+    # A choice, not a product: a row that is not live may hold anything.
+    gradient = tl.where(live, gradient * (factor * scale), 0.0)
+    tl.store(z_ptr, gradient.to(z_ptr.dtype.element_ty), mask=mask)
