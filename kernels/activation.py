@@ -21,7 +21,7 @@ def _sigmoid_and_slope(x):
 
 
 @triton.jit
-def _value_and_slope(x, KIND: tl.constexpr):
+def value_and_slope(x, KIND: tl.constexpr):
     """act(x) and act'(x); the compiler drops the one that is not used."""
     if KIND == "gelu":
         share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -34,9 +34,12 @@ def _value_and_slope(x, KIND: tl.constexpr):
         s, slope = _sigmoid_and_slope(x)
         return x * s, s + x * slope
     else:
-        tl.static_assert(KIND == "relu2")
         r = tl.where(x < 0, 0.0, x)  # keeps NaN, as maximum would not
-        return r * r, 2.0 * r
+        if KIND == "relu2":
+            return r * r, 2.0 * r
+        else:
+            tl.static_assert(KIND == "relu")
+            return r, tl.where(x > 0, 1.0, 0.0)
 
 
 @triton.jit
@@ -55,7 +58,7 @@ def _activation_fwd_kernel(
 ):  # fmt: skip
     row, col, live = _tile(M, N, BLOCK_M, BLOCK_N)
     x = tl.load(x_ptr + row * stride_xm + col, mask=live, other=0.0).to(tl.float32)
-    y, _ = _value_and_slope(x, KIND)
+    y, _ = value_and_slope(x, KIND)
     if GATED:
         y *= tl.load(up_ptr + row * stride_um + col, mask=live, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * N + col, y.to(y_ptr.dtype.element_ty), mask=live)
@@ -69,7 +72,7 @@ def _activation_bwd_kernel(
     row, col, live = _tile(M, N, BLOCK_M, BLOCK_N)
     x = tl.load(x_ptr + row * stride_xm + col, mask=live, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * stride_dym + col, mask=live, other=0.0).to(tl.float32)
-    value, slope = _value_and_slope(x, KIND)
+    value, slope = value_and_slope(x, KIND)
     if GATED:
         tl.store(dup_ptr + row * N + col, (dy * value).to(dup_ptr.dtype.element_ty), mask=live)
         dy *= tl.load(up_ptr + row * stride_um + col, mask=live, other=0.0).to(tl.float32)

@@ -86,7 +86,7 @@ _X, _HALF = meta(8192, 11008), meta(8192, 2 * 11008).chunk(2, -1)
 AOT = [
     *(
         case
-        for kind in ("gelu", "gelu_tanh", "silu", "relu2")
+        for kind in ("gelu", "gelu_tanh", "silu", "relu", "relu2")
         for case in (Aot("activation:activation_fwd", _X, kind), Aot("activation:activation_bwd", _X, _X, kind))
     ),
     Aot("activation:glu_fwd", _X, _X, "silu"),

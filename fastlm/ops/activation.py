@@ -8,29 +8,30 @@ from torch import Tensor
 
 from fastlm.ops._op import Op, compute_dtype, grad_of
 
-_FORMS = {
+FORMS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
 
 
 def _torch(x, kind):
-    return _FORMS[kind](x)
+    return FORMS[kind](x)
 
 
 def _reference(x, kind):
-    return _FORMS[kind](x.to(compute_dtype(x))).to(x.dtype)
+    return FORMS[kind](x.to(compute_dtype(x))).to(x.dtype)
 
 
 def _torch_glu(gate, up, kind):
-    return _FORMS[kind](gate) * up
+    return FORMS[kind](gate) * up
 
 
 def _reference_glu(gate, up, kind):
     dtype = compute_dtype(gate)
-    return (_FORMS[kind](gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+    return (FORMS[kind](gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -114,9 +115,9 @@ OP.sharding(_shard(1, 1, 2), _shard(1, 2, 2))
 GLU.sharding(_shard(1, 2, 2), _shard(2, 3, 2))
 
 
-def _check(op: str, kind: str, **tensors: Tensor) -> None:
-    if kind not in _FORMS:
-        raise ValueError(f"{op}: the activation must be one of {', '.join(_FORMS)}, got {kind!r}")
+def check_kind(op: str, kind: str, **tensors: Tensor) -> None:
+    if kind not in FORMS:
+        raise ValueError(f"{op}: the activation must be one of {', '.join(FORMS)}, got {kind!r}")
     for name, t in tensors.items():
         if not t.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
@@ -127,7 +128,8 @@ def activation(x: Tensor, kind: str, *, backend: str = "auto") -> Tensor:
 
     Args:
         x: [...], fp16, bf16, fp32 (any float dtype on the reference), any strides.
-        kind: "gelu" (x Phi(x), with erf), "gelu_tanh" (its tanh form), "silu" (x sigmoid(x)) or "relu2" (max(x, 0)^2).
+        kind: "gelu" (x Phi(x), with erf), "gelu_tanh" (its tanh form), "silu" (x sigmoid(x)), "relu"
+            (max(x, 0)) or "relu2" (max(x, 0)^2).
         backend: "auto", "reference", "torch" or "triton".
 
     Returns:
@@ -140,7 +142,7 @@ def activation(x: Tensor, kind: str, *, backend: str = "auto") -> Tensor:
     Backends: triton on compute capability >= 8.0. Papers: GELU, Hendrycks and Gimpel 2016, arXiv:1606.08415; squared ReLU,
     So et al. 2021, arXiv:2109.08668.
     """
-    _check("activation", kind, x=x)
+    check_kind("activation", kind, x=x)
     backend = OP.choose(backend, x)
     if backend in OP.plain_forms:
         return OP.plain(backend, x, kind)
@@ -148,13 +150,13 @@ def activation(x: Tensor, kind: str, *, backend: str = "auto") -> Tensor:
 
 
 def glu(gate: Tensor, up: Tensor, activation: str = "silu", *, backend: str = "auto") -> Tensor:
-    """y = act(gate) * up, the gated linear unit of Llama's MLP ("silu": SwiGLU, "gelu_tanh": GeGLU).
+    """y = act(gate) * up, the gated linear unit of Llama's MLP ("silu": SwiGLU, "gelu_tanh": GeGLU, "relu": ReGLU).
 
     Args:
         gate: [..., F], fp16, bf16, fp32 (any float dtype on the reference), any strides. The halves of one [..., 2 F] product
             (`gate, up = product.chunk(2, -1)`) are read where they lie.
         up: shape and dtype of gate.
-        activation: "gelu", "gelu_tanh", "silu" or "relu2", as in `activation`.
+        activation: "gelu", "gelu_tanh", "silu", "relu" or "relu2", as in `activation`.
         backend: "auto", "reference", "torch" or "triton".
 
     Returns:
@@ -167,7 +169,7 @@ def glu(gate: Tensor, up: Tensor, activation: str = "silu", *, backend: str = "a
 
     Backends: triton on compute capability >= 8.0. Paper: Shazeer 2020, arXiv:2002.05202.
     """
-    _check("glu", activation, gate=gate, up=up)
+    check_kind("glu", activation, gate=gate, up=up)
     if up.shape != gate.shape:
         raise ValueError(f"glu: up must have gate's shape {list(gate.shape)}, got {list(up.shape)}")
     if up.dtype != gate.dtype:

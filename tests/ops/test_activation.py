@@ -12,6 +12,7 @@ PLAIN = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "relu": F.relu,
     "relu2": lambda x: F.relu(x) ** 2,
 }
 
@@ -76,7 +77,7 @@ def test_nan_is_not_hidden(kind, backend, device):
     y = ops.activation(x, kind, backend=backend)
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert y.isnan().tolist() == [True, False]
-    assert dx[0].isnan() or kind == "relu2"  # torch's relu has slope 0 there
+    assert dx[0].isnan() or kind.startswith("relu")  # torch's relu has slope 0 there
 
 
 def test_halves_of_one_product_are_read_in_place(device, monkeypatch):
@@ -111,11 +112,12 @@ def test_several_rows_and_columns_of_tiles(device):
         ("glu-silu", "s + x * slope\n    else", "s\n    else"),
         ("glu-silu", "dy *= tl.load(up_ptr", "tl.load(up_ptr"),  # dgate not scaled by up
         ("relu2", "return r * r, 2.0 * r", "return r * r, r"),
+        ("relu", "tl.where(x > 0, 1.0, 0.0)", "tl.where(x > 0, 1.0, 1.0)"),
         ("glu-silu", "return row, col, (row < M) & (col < N)", "return row, col, (row < M - 1) & (col < N)"),
         ("silu", "return row, col, (row < M) & (col < N)", "return row, col, (row < M) & (col < N - 1)"),
         ("glu-silu", "up_ptr + row * stride_um", "up_ptr + row * stride_xm // 2"),
     ],
-    ids=["exponent", "scale", "cube", "slope", "gate", "two", "tail_row", "tail_column", "stride"],
+    ids=["exponent", "scale", "cube", "slope", "gate", "two", "dead", "tail_row", "tail_column", "stride"],
 )
 def test_planted_bug_is_seen(name, old, new, device):
     case = CASES[name]
@@ -136,7 +138,7 @@ def test_write_outside_a_tensor_is_seen(name, device):
 def test_errors():
     x = torch.randn(2, 8)
     with pytest.raises(
-        ValueError, match="activation: the activation must be one of gelu, gelu_tanh, silu, relu2, got 'swish'"
+        ValueError, match="activation: the activation must be one of gelu, gelu_tanh, silu, relu, relu2, got 'swish'"
     ):
         ops.activation(x, "swish")
     with pytest.raises(ValueError, match="glu: the activation must be one of"):
