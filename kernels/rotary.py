@@ -44,20 +44,48 @@ def _turn_heads(
             tl.store(y + col, tl.load(x + col, mask=mask, other=0.0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "H_kv", "S", "S_max", "tokens", "stride_pb", "stride_ps"])
+@triton.jit
+def _sequence_of(token, cu_ptr, sequences, steps):
+    """The last sequence that begins at or before each token: a bisection of sequences - 1 < 2 ** steps starts.
+
+    Reads cu[0 .. sequences - 1] only, whatever the values: they are not checked on a GPU.
+    """
+    low = tl.zeros_like(token)
+    high = low + (sequences - 1)
+    for _ in range(steps):
+        middle = (low + high + 1) // 2
+        begun = tl.load(cu_ptr + middle) <= token
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle - 1)
+    return low
+
+
+_NEVER_ONE = [
+    "H", "H_kv", "S", "S_max", "tokens", "offset", "sequences", "steps", "stride_pb", "stride_ps", "stride_start",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_NEVER_ONE, do_not_specialize_on_alignment=["positions_ptr", "starts_ptr", "cu_ptr"])
 def _rotary_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_cos, stride_sin, stride_pb, stride_ps,
-    H, H_kv, S, S_max, tokens,
-    HAS_POSITIONS: tl.constexpr, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, GROUP: tl.constexpr,
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr, starts_ptr, cu_ptr,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_cos, stride_sin,
+    stride_pb, stride_ps, stride_start,
+    H, H_kv, S, S_max, tokens, offset, sequences, steps,
+    HAS_POSITIONS: tl.constexpr, HAS_STARTS: tl.constexpr, PACKED: tl.constexpr, INVERSE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     batch, place = (token // S).to(tl.int64), (token % S).to(tl.int64)
-    position = place
+    position, sequence = place + offset, batch
+    if PACKED:
+        sequence = _sequence_of(token, cu_ptr, sequences, steps).to(tl.int64)
+        position = position - tl.load(cu_ptr + sequence)
+    if HAS_STARTS:
+        position += tl.load(starts_ptr + sequence * stride_start, mask=token < tokens, other=0)
     if HAS_POSITIONS:
         position = tl.load(positions_ptr + batch * stride_pb + place * stride_ps, mask=token < tokens, other=0)
-        position = tl.minimum(tl.maximum(position, 0), S_max - 1)
+    position = tl.minimum(tl.maximum(position, 0), S_max - 1)
     live = (token < tokens)[:, None]
     batch, place, position, token64 = batch[:, None], place[:, None], position[:, None], token.to(tl.int64)[:, None]
     col = tl.arange(0, BLOCK_HALF)[None, :]
@@ -83,7 +111,7 @@ def _unit_stride(x):
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _rotate(q, k, cos, sin, positions, interleaved, inverse):
+def _rotate(q, k, cos, sin, positions, interleaved, offset, starts, cu_seqlens, inverse):
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     if q.numel() + k.numel() == 0:
@@ -98,22 +126,25 @@ def _rotate(q, k, cos, sin, positions, interleaved, inverse):
     if block_t > 8 * B * S:  # a few tokens, as in decoding; no size between, which would be one more compile
         block_t = 1
     position_strides = (0, 0) if positions is None else (0, *positions.stride())[-2:]
+    start_stride = 0 if starts is None or starts.ndim == 0 else starts.stride(0)
+    cu = None if cu_seqlens is None else _unit_stride(cu_seqlens)
+    sequences = B if cu is None else cu.shape[0] - 1
     _rotary_kernel[(triton.cdiv(B * S, block_t), triton.cdiv(H + k.shape[2], _GROUP))](
-        q, k, q_out, k_out, cos, sin, cos if positions is None else positions,
-        *q.stride()[:3], *k.stride()[:3], cos.stride(0), sin.stride(0), *position_strides,
-        H, k.shape[2], S, cos.shape[0], B * S,
-        HAS_POSITIONS=positions is not None, INVERSE=inverse, INTERLEAVED=interleaved, WIDTH=width, HALF=half,
-        BLOCK_T=block_t, BLOCK_HALF=block_half, BLOCK_REST=block_rest,
+        q, k, q_out, k_out, cos, sin, *(cos if t is None else t for t in (positions, starts, cu)),
+        *q.stride()[:3], *k.stride()[:3], cos.stride(0), sin.stride(0), *position_strides, start_stride,
+        H, k.shape[2], S, cos.shape[0], B * S, offset, sequences, (sequences - 1).bit_length(),
+        HAS_POSITIONS=positions is not None, HAS_STARTS=starts is not None, PACKED=cu is not None, INVERSE=inverse,
+        INTERLEAVED=interleaved, WIDTH=width, HALF=half, BLOCK_T=block_t, BLOCK_HALF=block_half, BLOCK_REST=block_rest,
         GROUP=_GROUP, num_warps=4 if block_t * widest >= 2048 else 1,
     )  # fmt: skip
     return q_out, k_out
 
 
-def rotary_fwd(q, k, cos, sin, positions, interleaved):
-    """-> q and k rotated, contiguous, in their own dtype."""
-    return _rotate(q, k, cos, sin, positions, interleaved, False)
+def rotary_fwd(q, k, cos, sin, positions, interleaved, offset=0, starts=None, cu_seqlens=None):
+    """-> q and k rotated, contiguous, in their own dtype. Packed tokens come as a batch of one."""
+    return _rotate(q, k, cos, sin, positions, interleaved, offset, starts, cu_seqlens, False)
 
 
-def rotary_bwd(dq, dk, cos, sin, positions, interleaved):
+def rotary_bwd(dq, dk, cos, sin, positions, interleaved, offset=0, starts=None, cu_seqlens=None):
     """-> the gradients of q and k: dq and dk rotated by minus the angle."""
-    return _rotate(dq, dk, cos, sin, positions, interleaved, True)
+    return _rotate(dq, dk, cos, sin, positions, interleaved, offset, starts, cu_seqlens, True)

@@ -35,6 +35,9 @@ table = meta(4096, 32, dtype=torch.float32)
 for length in range(1, 65):
     q, k, _ = meta(3, length, 8, 64).split((4, 2, 2), 2)
     rotary.rotary_fwd(q, k, table, table, meta(3, length, dtype=torch.int64), False)
+    rotary.rotary_fwd(q, k, table, table, None, False, length)
+    starts, cu_seqlens = meta(length, dtype=torch.int64), meta(length + 1, dtype=torch.int32)
+    rotary.rotary_fwd(q[:1], k[:1], table, table, None, False, 0, starts, cu_seqlens)
     x, w = meta(3, length, 256), meta(256)
     _, _, mean, rstd = layer_norm.layer_norm_fwd(x, w, w, None, 1e-5)
     layer_norm.layer_norm_bwd(x, None, x, w, w, mean, rstd, True, True, 1e-5)
@@ -56,7 +59,7 @@ def test_64_lengths_compile_once():
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts == {
-        "_rotary_kernel": 2,  # one for a few tokens, one for many
+        "_rotary_kernel": 6,  # by positions, offset, and packed with offsets: one for a few tokens, one for many
         "_layer_norm_fwd_kernel": 1,
         "_layer_norm_bwd_kernel": 1,
         "_activation_bwd_kernel": 1,
