@@ -11,6 +11,7 @@ from fastlm.ops.block_mask import BlockMask
 from fastlm.ops.decode_attention import decode_attention
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.mlp import gated_mlp, mlp
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import rotary
 
@@ -25,9 +26,11 @@ __all__ = [
     "attention_weights",
     "decode_attention",
     "explain",
+    "gated_mlp",
     "glu",
     "layer_norm",
     "linear_cross_entropy",
+    "mlp",
     "received_attention",
     "rms_norm",
     "rotary",

@@ -47,7 +47,8 @@ def _failures(results, start):
 
 
 @pytest.mark.parametrize(
-    "op", ["rms_norm", "layer_norm", "activation", "glu", "rotary", "attention", "linear_cross_entropy"]
+    "op",
+    ["rms_norm", "layer_norm", "activation", "glu", "mlp", "gated_mlp", "rotary", "attention", "linear_cross_entropy"],
 )
 def test_dtensors(results, op):
     assert _failures(results, op) == ""

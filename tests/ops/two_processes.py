@@ -28,6 +28,7 @@ def _cases() -> dict:
     """name -> (fn(*args), args, a letter per argument: "b" divided, "." whole, "-" whole and without gradient)."""
     x, r, wide = torch.randn(B, S, N), torch.randn(B, S, N), torch.randn(B, S, 4, N)
     w, b = torch.randn(N), torch.randn(N)
+    gate, up, down = torch.randn(2 * N, N), torch.randn(2 * N, N), torch.randn(N, 2 * N)
     q, k, v = torch.randn(B, S, 4, 16), torch.randn(B, S, 2, 16), torch.randn(B, S, 2, 16)
     angles = torch.rand(S, 8)
     hidden, vocabulary, target = torch.randn(B, S, N), torch.randn(11, N), torch.randint(0, 11, (B, S))
@@ -42,6 +43,10 @@ def _cases() -> dict:
         "layer_norm with residual": (lambda x, w, b, r: ops.layer_norm(x, w, b, residual=r), (x, w, b, r), "b..b"),
         "activation": (lambda x: ops.activation(x, "gelu_tanh"), (x,), "b"),
         "glu": (lambda g, u: ops.glu(g, u, "silu"), (x, r), "bb"),
+        "mlp": (ops.mlp, (x, up, down), "b.."),
+        "mlp with biases": (lambda x, u, d, b: ops.mlp(x, u, d, b.repeat(2), b), (x, up, down, b), "b..."),
+        "gated_mlp": (ops.gated_mlp, (x, gate, up, down), "b..."),
+        "gated_mlp in one matrix": (lambda x, g, d: ops.gated_mlp(x, g, None, d), (x, gate, down[:, :N]), "b.."),
         "rotary": (ops.rotary, (q, k, angles.cos(), angles.sin()), "bb--"),
         "attention": (lambda q, k, v: ops.attention(q, k, v, causal=True), (q, k, v), "bbb"),
         "attention with lse": (lambda q, k, v: ops.attention(q, k, v, return_lse=True), (q, k, v), "bbb"),

@@ -1,0 +1,112 @@
+"""mlp and gated_mlp against the same products and activations in plain torch, and Liger's gated MLP."""
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness import Bench, Provider, compiled, ours, plain
+from fastlm import ops
+
+
+def make(dtype, device, N, D, F, bias=False):
+    shapes = [(N, D), (F, D), (D, F), *([(F,), (D,)] if bias else [])]
+    return tuple(_random(shape, dtype, device) for shape in shapes)
+
+
+def make_gated(dtype, device, N, D, F, packed=False):
+    first = [(2 * F, D)] if packed else [(F, D), (F, D)]
+    return tuple(_random(shape, dtype, device) for shape in ((N, D), *first, (D, F)))
+
+
+def _random(shape, dtype, device):
+    scale = shape[1] ** -0.5 if len(shape) == 2 else 1.0
+    return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+
+
+def by_hand(x, up, down, up_bias=None, down_bias=None):
+    return F.linear(F.gelu(F.linear(x, up, up_bias), approximate="tanh"), down, down_bias)
+
+
+def gated_by_hand(x, *weights):
+    if len(weights) == 2:
+        gate, up = F.linear(x, weights[0]).chunk(2, -1)
+    else:
+        gate, up = F.linear(x, weights[0]), F.linear(x, weights[1])
+    return F.linear(F.silu(gate) * up, weights[-1])
+
+
+def gated(x, *weights, recompute=False, backend="auto"):
+    first = (weights[0], None) if len(weights) == 2 else weights[:2]
+    return ops.gated_mlp(x, *first, weights[-1], recompute=recompute, backend=backend)
+
+
+def liger():
+    from liger_kernel.ops import LigerSiLUMulFunction
+
+    def call(x, *weights):
+        if len(weights) == 2:
+            gate, up = F.linear(x, weights[0]).chunk(2, -1)
+        else:
+            gate, up = F.linear(x, weights[0]), F.linear(x, weights[1])
+        return F.linear(LigerSiLUMulFunction.apply(gate, up), weights[-1])
+
+    return call
+
+
+def flops(mode, x, *rest):
+    matrices = [t for t in rest if t.ndim == 2]
+    return (2 if mode == "forward" else 4) * x.shape[0] * sum(w.numel() for w in matrices)
+
+
+BENCH = [
+    Bench(
+        op="mlp",
+        make=make,
+        reference=lambda *args: ops.mlp(*args, backend="reference"),
+        providers=[
+            *ours("mlp", lambda *args, backend: ops.mlp(*args, backend=backend)),
+            Provider("fastlm:torch, recompute", lambda: lambda *a: ops.mlp(*a, recompute=True, backend="torch")),
+            plain(by_hand),
+            compiled(by_hand),
+        ],
+        sizes={
+            "tiny": [{"N": 8, "D": 16, "F": 48, "bias": True}],
+            "cpu": [
+                {"N": 1024, "D": 384, "F": 1536, "bias": True},
+                {"N": 256, "D": 256, "F": 1024},
+                {"N": 1, "D": 384, "F": 1536, "bias": True},
+            ],
+            "quick": [
+                {"N": 8192, "D": 768, "F": 3072, "bias": True},
+                {"N": 8192, "D": 4096, "F": 16384},
+            ],
+        },
+        flops=flops,
+    ),
+    Bench(
+        op="gated_mlp",
+        make=make_gated,
+        reference=lambda *args: gated(*args, backend="reference"),
+        providers=[
+            *ours("gated_mlp", gated),
+            Provider("fastlm:torch, recompute", lambda: lambda *a: gated(*a, recompute=True, backend="torch")),
+            plain(gated_by_hand),
+            compiled(gated_by_hand),
+            Provider("liger", liger),
+        ],
+        sizes={
+            "tiny": [{"N": 8, "D": 16, "F": 48}, {"N": 8, "D": 16, "F": 48, "packed": True}],
+            "cpu": [
+                {"N": 1024, "D": 384, "F": 1024, "packed": True},
+                {"N": 256, "D": 256, "F": 704},
+                {"N": 1, "D": 384, "F": 1024, "packed": True},
+            ],
+            "quick": [
+                {"N": 8192, "D": 2048, "F": 5632},
+                {"N": 8192, "D": 4096, "F": 14336},
+                {"N": 8192, "D": 4096, "F": 14336, "packed": True},
+                {"N": 512, "D": 4096, "F": 14336},
+            ],
+        },
+        flops=flops,
+    ),
+]

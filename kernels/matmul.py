@@ -1,0 +1,52 @@
+"""Products by torch's own library (cuBLAS, oneDNN), as ops built around linear layers want them. Plain torch: any device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def matrix(x):
+    """x [..., D] as [N, D]; a view wherever its strides allow."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def linear(x, weight, bias=None, out=None):
+    """x [N, D], weight [F, D] -> x weight^T + bias, [N, F]; all of one dtype."""
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+def is_transposed(weight):
+    """True for a matrix that lies in memory as the transpose of a contiguous one (GPT-2's Conv1D hands over weight.t())."""
+    return weight.stride(0) == 1 and weight.stride(1) > 1
+
+
+def weight_grad(dy, x, weight, scale=1.0):
+    """scale * dy^T x, the gradient of weight [F, D] for dy [N, F] and x [N, D], in weight's dtype and memory order.
+
+    An optimizer keeps gradients in the parameter's order: in any other one they would be copied.
+    """
+    if is_transposed(weight):
+        return _product(x.t(), dy, weight.dtype, scale).t()
+    return _product(dy.t(), x, weight.dtype, scale)
+
+
+def _product(a, b, dtype, scale):
+    """scale * a b, rounded once to dtype where the library can."""
+    if scale != 1.0:
+        out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
+        return torch.addmm(out, a, b, beta=0, alpha=scale, out=out).to(dtype)  # beta=0: `out` is not read
+    if dtype == torch.float32 != a.dtype and a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def bias_grad(dy, bias):
+    """The column sums of dy [N, F], summed in fp32 (torch's order, the same in every run), in bias's dtype."""
+    return dy.sum(0).to(bias.dtype)
+
+
+def cast(dtype, *tensors):
+    """The tensors in `dtype`; None stays None."""
+    return [None if t is None else t.to(dtype) for t in tensors]
