@@ -34,17 +34,29 @@ def weight_grad(dy, x, weight, scale=1.0):
 
 def _product(a, b, dtype, scale):
     """scale * a b, rounded once to dtype where the library can."""
-    if scale != 1.0:
-        out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
-        return torch.addmm(out, a, b, beta=0, alpha=scale, out=out).to(dtype)  # beta=0: `out` is not read
     if dtype == torch.float32 != a.dtype and a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+        wide = torch.mm(a, b, out_dtype=dtype)
+        return wide if scale == 1.0 else wide.mul_(scale)
+    if scale == 1.0:
+        return torch.mm(a, b).to(dtype)
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
+    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out).to(dtype)  # beta=0: `out` is not read
 
 
 def bias_grad(dy, bias):
     """The column sums of dy [N, F], summed in fp32 (torch's order, the same in every run), in bias's dtype."""
     return dy.sum(0).to(bias.dtype)
+
+
+def empty_grad(x, t, needed):
+    """A tensor as the gradient of t has it (a matrix as `weight_grad` gives it): for shape functions. Without elements if t is
+    None (then of x's dtype) or no gradient is needed."""
+    dtype = x.dtype if t is None else t.dtype
+    if t is None or not needed:
+        return torch.empty(0, dtype=dtype, device=x.device)
+    if t is not x and t.ndim == 2 and is_transposed(t):
+        return torch.empty((t.shape[1], t.shape[0]), dtype=dtype, device=x.device).t()
+    return torch.empty(t.shape, dtype=dtype, device=x.device)
 
 
 def cast(dtype, *tensors):

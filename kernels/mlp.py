@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .matmul import bias_grad, cast, linear, matrix, weight_grad
+from .matmul import bias_grad, cast, empty_grad, linear, matrix, weight_grad
 
 _aten = torch.ops.aten
 
@@ -72,8 +72,7 @@ def backward(form, dy, x, pre, first, second, down, first_bias, second_bias, dow
     lead, dtype = x.shape[:-1], x.dtype
     dy, x = matrix(dy), matrix(x)
     w1, w2, w3, b1, b2 = cast(dtype, first, second, down, first_bias, second_bias)
-    grads = [torch.empty(0, dtype=t.dtype if t is not None else dtype, device=x.device) for t in
-             (x, first, second, down, first_bias, second_bias, down_bias)]  # fmt: skip
+    grads = [empty_grad(x, t, False) for t in (x, first, second, down, first_bias, second_bias, down_bias)]
     if need_biases[2]:
         grads[6] = bias_grad(dy, down_bias)
     h, inner = None, need & ~(8 | 64)

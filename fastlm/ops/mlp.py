@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.kernels import mlp as steps
-from fastlm.kernels.matmul import is_transposed
+from fastlm.kernels.matmul import empty_grad
 from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
 from fastlm.ops.activation import FORMS, check_kind
 
@@ -67,16 +67,8 @@ def _fake_forward(x, first, second, down, b1, b2, b3, keep, kind, gated, backend
     return x.new_empty((*lead, down.shape[0])), x.new_empty(steps.pre_shape(lead, first, second, gated) if keep else 0)
 
 
-def _empty_grad(x, t, needed):
-    if t is None or not needed:
-        return x.new_empty(0, dtype=x.dtype if t is None else t.dtype)
-    if t is not x and t.ndim == 2 and is_transposed(t):
-        return t.new_empty(t.shape[::-1]).t()
-    return t.new_empty(t.shape)
-
-
 def _fake_backward(dy, x, pre, first, second, down, b1, b2, b3, need, kept, kind, gated, backend):
-    return tuple(_empty_grad(x, t, need >> i & 1) for i, t in enumerate((x, first, second, down, b1, b2, b3)))
+    return tuple(empty_grad(x, t, need >> i & 1) for i, t in enumerate((x, first, second, down, b1, b2, b3)))
 
 
 class _MLP(torch.autograd.Function):
@@ -103,7 +95,7 @@ class _MLP(torch.autograd.Function):
 def _backward_reference(dy, x, pre, first, second, down, b1, b2, b3, need, kept, kind, gated, backend):
     tensors = (x, first, second, down, b1, b2, b3)
     grads = grad_of(lambda *t: _reference(*t, kind, gated), tensors, (dy,))
-    return tuple(g if need >> i & 1 else _empty_grad(x, tensors[i], False) for i, g in enumerate(grads))
+    return tuple(g if need >> i & 1 else empty_grad(x, tensors[i], False) for i, g in enumerate(grads))
 
 
 class _Split(NamedTuple):

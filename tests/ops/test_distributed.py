@@ -48,7 +48,18 @@ def _failures(results, start):
 
 @pytest.mark.parametrize(
     "op",
-    ["rms_norm", "layer_norm", "activation", "glu", "mlp", "gated_mlp", "rotary", "attention", "linear_cross_entropy"],
+    [
+        "rms_norm",
+        "layer_norm",
+        "activation",
+        "glu",
+        "mlp",
+        "gated_mlp",
+        "lora_linear",
+        "rotary",
+        "attention",
+        "linear_cross_entropy",
+    ],
 )
 def test_dtensors(results, op):
     assert _failures(results, op) == ""

@@ -29,6 +29,7 @@ def _cases() -> dict:
     x, r, wide = torch.randn(B, S, N), torch.randn(B, S, N), torch.randn(B, S, 4, N)
     w, b = torch.randn(N), torch.randn(N)
     gate, up, down = torch.randn(2 * N, N), torch.randn(2 * N, N), torch.randn(N, 2 * N)
+    low = torch.randn(3, N), torch.randn(2 * N, 3)
     q, k, v = torch.randn(B, S, 4, 16), torch.randn(B, S, 2, 16), torch.randn(B, S, 2, 16)
     angles = torch.rand(S, 8)
     hidden, vocabulary, target = torch.randn(B, S, N), torch.randn(11, N), torch.randint(0, 11, (B, S))
@@ -47,6 +48,7 @@ def _cases() -> dict:
         "mlp with biases": (lambda x, u, d, b: ops.mlp(x, u, d, b.repeat(2), b), (x, up, down, b), "b..."),
         "gated_mlp": (ops.gated_mlp, (x, gate, up, down), "b..."),
         "gated_mlp in one matrix": (lambda x, g, d: ops.gated_mlp(x, g, None, d), (x, gate, down[:, :N]), "b.."),
+        "lora_linear": (lambda x, w, a, b: ops.lora_linear(x, w, a, b, scale=2.0), (x, up, low[0], low[1]), "b..."),
         "rotary": (ops.rotary, (q, k, angles.cos(), angles.sin()), "bb--"),
         "attention": (lambda q, k, v: ops.attention(q, k, v, causal=True), (q, k, v), "bbb"),
         "attention with lse": (lambda q, k, v: ops.attention(q, k, v, return_lse=True), (q, k, v), "bbb"),

@@ -1,0 +1,188 @@
+"""A linear layer with a low-rank update, in one op."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.kernels import lora_linear as steps
+from fastlm.kernels.matmul import empty_grad
+from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
+
+
+def _reference(x, weight, a, b, bias, scale):
+    dtype = compute_dtype(x)
+    x_wide, weight, a, b, bias = (None if t is None else t.to(dtype) for t in (x, weight, a, b, bias))
+    return (F.linear(x_wide, weight, bias) + scale * F.linear(F.linear(x_wide, a), b)).to(x.dtype)
+
+
+def _torch(x, weight, a, b, bias, scale):
+    """Without a backward of its own: where none is needed, and under torch.compile, which sees through it."""
+    weight, a, b, bias = (None if t is None else t.to(x.dtype) for t in (weight, a, b, bias))
+    y = F.linear(x, weight, bias)
+    u = F.linear(x, a).flatten(0, -2) if x.ndim > 1 else F.linear(x, a)[None]
+    flat = y.view(u.shape[0], y.shape[-1])
+    if torch.compiler.is_compiling():
+        return torch.addmm(flat, u, b.t(), alpha=scale).view(y.shape)
+    flat.addmm_(u, b.t(), alpha=scale)
+    return y
+
+
+OP = Op(
+    "lora_linear",
+    "(Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? bias, float scale, str backend) -> (Tensor y, Tensor u)",
+    "(Tensor dy, Tensor x, Tensor u, Tensor weight, Tensor a, Tensor b, Tensor? bias, int need, float scale, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference,
+    torch=_torch,
+    kernels={"torch": (steps.lora_linear_fwd, steps.lora_linear_bwd)},
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+)
+
+
+def _fake_forward(x, weight, a, b, bias, scale, backend):
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((*x.shape[:-1], a.shape[0]))
+
+
+def _fake_backward(dy, x, u, weight, a, b, bias, need, scale, backend):
+    return tuple(empty_grad(x, t, need >> i & 1) for i, t in enumerate((x, weight, a, b, bias)))
+
+
+OP.fake(_fake_forward, _fake_backward)
+
+
+@OP.autograd
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, a, b, bias, scale, backend):
+        y, u = OP.below(x, weight, a, b, bias, scale, backend)
+        ctx.save_for_backward(x, u, weight, a, b, bias)
+        ctx.options = (scale, backend)
+        ctx.mark_non_differentiable(u)
+        ctx.set_materialize_grads(False)
+        return y, u
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 7
+        needs = ctx.needs_input_grad[:5]
+        bits = sum(1 << i for i, needed in enumerate(needs) if needed)
+        grads = OP.backward(dy, *ctx.saved_tensors, bits, *ctx.options)
+        return *(g if needed else None for g, needed in zip(grads, needs)), None, None
+
+
+@OP.backward_reference
+def _backward_reference(dy, x, u, weight, a, b, bias, need, scale, backend):
+    tensors = (x, weight, a, b, bias)
+    grads = grad_of(lambda *t: _reference(*t, scale), tensors, (dy,))
+    return tuple(g if need >> i & 1 else empty_grad(x, tensors[i], False) for i, g in enumerate(grads))
+
+
+def _splits(x, bias):
+    """Ways to divide the work among processes: places of x, weight, a, b, bias | y, u | dy | the five gradients."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    whole, part, last = Replicate(), Partial(), Shard(x.ndim - 1)
+    splits = [([whole] * 5, [whole] * 2, whole, [whole] * 5)]
+    splits += [([at, *[whole] * 4], [at] * 2, at, [at, *[part] * 4]) for at in map(Shard, range(x.ndim - 1))]
+    # Tensor parallel (Megatron-LM, arXiv:1909.08053), by columns and by rows; a bias behind the sum has no place in the latter.
+    rows, columns = Shard(0), Shard(1)
+    splits.append(([whole, rows, whole, rows, rows], [last, whole], last, [part, rows, part, rows, rows]))
+    if bias is None:
+        splits.append(
+            ([last, columns, columns, whole, whole], [part, part], whole, [last, columns, columns, part, whole])
+        )
+    return splits
+
+
+def _shard_forward(x, weight, a, b, bias, scale, backend):
+    return [
+        (outputs, [*inputs[:4], None if bias is None else inputs[4], None, None])
+        for inputs, outputs, _, _ in _splits(x, bias)
+    ]
+
+
+def _shard_backward(dy, x, u, weight, a, b, bias, need, scale, backend):
+    from torch.distributed.tensor import Replicate
+
+    rules = []
+    for inputs, (_, u_at), dy_at, grads in _splits(x, bias):
+        grads = [place if need >> i & 1 else Replicate() for i, place in enumerate(grads)]
+        x_at, *rest, bias_at = inputs
+        rules.append((grads, [dy_at, x_at, u_at, *rest, None if bias is None else bias_at, None, None, None]))
+    return rules
+
+
+OP.sharding(_shard_forward, _shard_backward)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """y = x weight^T + bias + scale * (x a^T) b^T: a linear layer with a low-rank update (LoRA).
+
+    Args:
+        x: [..., D], fp16, bf16 or fp32 (any float dtype on reference and torch), any strides.
+        weight: [D_out, D], any float dtype and any strides, frozen or not; products are in x's dtype, to which a matrix of
+            another one is cast at every call.
+        a: [r, D] and b: [D_out, r], likewise: the update is b a, of rank r.
+        bias: [D_out] or None, likewise.
+        scale: factor of the update, alpha / r in most libraries.
+        backend: "auto", "reference" or "torch".
+
+    Returns:
+        y [..., D_out] in x's dtype. Products sum in fp32; fp32 ones follow torch.get_float32_matmul_precision(). Gradients
+        come in the dtype and memory order of each parameter, and only where one is required. Under autocast the products
+        are in autocast's dtype.
+
+    Saved for the backward, besides the parameters: x and x a^T [..., r]. No second tensor of y's or x's size is made, forward
+    or backward. LoRA's dropout, which falls on the x of x a^T alone, is not part of the op: it needs a second x.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown or unsupported backend. TypeError: a tensor is not floating point
+        (a quantized weight must be dequantized first).
+
+    Backends: torch, reference. Paper: Hu et al. 2021, arXiv:2106.09685.
+    """
+    _check(x, weight, a, b, bias)
+    backend = OP.choose(backend, x, weight, a, b, bias)
+    dtype = autocast_dtype(x)
+    if dtype is not None and x.dtype != torch.float64:
+        x = x.to(dtype)
+    scale, tensors = float(scale), (x, weight, a, b, bias)
+    if backend == "reference":
+        return OP.plain(backend, *tensors, scale)
+    if backend == "torch" and type(x).__name__ != "DTensor":
+        needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if not needed or (torch.compiler.is_compiling() and x.device.type == "cpu"):
+            return OP.plain(backend, *tensors, scale)
+    return OP.forward(*tensors, scale, backend)[0]
+
+
+def _check(x, weight, a, b, bias):
+    if x.ndim == 0 or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        width = "D" if x.ndim == 0 else x.shape[-1]
+        raise ValueError(
+            f"lora_linear: x must be [..., D] and weight [D_out, {width}] like x's last dimension, "
+            f"got {list(x.shape)} and {list(weight.shape)}"
+        )
+    if a.ndim != 2 or a.shape[1] != x.shape[-1]:
+        raise ValueError(f"lora_linear: a must be [r, {x.shape[-1]}] like x's last dimension, got {list(a.shape)}")
+    if b.shape != (weight.shape[0], a.shape[0]):
+        raise ValueError(
+            f"lora_linear: b must be {[weight.shape[0], a.shape[0]]} like weight's rows and a's, got {list(b.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"lora_linear: bias must be [{weight.shape[0]}] like weight's rows, got {list(bias.shape)}")
+    for name, t in (("x", x), ("weight", weight), ("a", a), ("b", b), ("bias", bias)):
+        if t is not None and not t.is_floating_point():
+            raise TypeError(f"lora_linear: {name} must be floating point, got {t.dtype}")
