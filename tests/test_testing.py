@@ -243,7 +243,7 @@ def test_poison_is_seen_and_removed():
 def test_planted_bug_is_gone_afterwards(device):
     x = torch.randn(3, 20, device=device)
     want = ops.rms_norm(x, backend="reference")
-    with planted_bug("rms_norm", "y = x * rstd[:, None]", "y = x"):
+    with planted_bug("rms_norm", "y = x * rstd[:, None]", "y = x", file="norm_rows"):
         assert not torch.allclose(ops.rms_norm(x, backend="triton"), want)
     torch.testing.assert_close(ops.rms_norm(x, backend="triton"), want)
     with (

@@ -48,17 +48,24 @@ BENCH = Bench(
     traffic=traffic,
 )
 
-_STATS = meta(8192, dtype=torch.float32)
 
-
-def _aot(n, residual):
-    x, vector = meta(8192, n), meta(n)
-    other = x if residual else None
+def _aot(n, residual=False, dropout=False, heads=None):
+    x = meta(8192, n) if heads is None else meta(256, 3 * heads, n)[:, :heads]
+    vector, stats = meta(n), meta(*x.shape[:-1], dtype=torch.float32)
+    other, seed, p = x if residual else None, meta(2, dtype=torch.int64) if dropout else None, 0.1 if dropout else 0.0
+    bias, mean = vector, stats
     return [
-        Aot("layer_norm:layer_norm_fwd", x, vector, vector, other, 1e-5),
-        Aot("layer_norm:layer_norm_bwd", x, other, x, vector, vector, _STATS, _STATS, True, True, 1e-5),
-    ]
+        Aot("layer_norm:layer_norm_fwd", x, vector, bias, other, seed, 1e-5, 0.0, False, p),
+        Aot(
+            "layer_norm:layer_norm_bwd", x, other, x, vector, bias, mean, stats, seed, residual, True, True, 1e-5, 0.0, p
+        ),
+    ]  # fmt: skip
 
 
-# The last one is wider than a row of registers can be without spilling: kept to see by how much.
-AOT = [*_aot(768, True), *_aot(1600, False), *_aot(4096, False), *_aot(16384, False)]
+AOT = [
+    case
+    for n in (128, 768, 4096, 8192, 16384, 32768, 262144)
+    for residual in (False, True)
+    for case in _aot(n, residual)
+]
+AOT += [*_aot(128, heads=32), *_aot(4096, True, True)]

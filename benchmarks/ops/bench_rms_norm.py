@@ -47,28 +47,24 @@ BENCH = Bench(
     traffic=traffic,
 )
 
-RSTD = meta(8192, dtype=torch.float32)
+
+def _aot(n, residual=False, dropout=False, heads=None):
+    x = meta(8192, n) if heads is None else meta(256, 3 * heads, n)[:, :heads]
+    vector, stats = meta(n), meta(*x.shape[:-1], dtype=torch.float32)
+    other, seed, p = x if residual else None, meta(2, dtype=torch.int64) if dropout else None, 0.1 if dropout else 0.0
+    bias, mean = None, None
+    return [
+        Aot("rms_norm:rms_norm_fwd", x, vector, bias, other, seed, 1e-6, 0.0, False, p),
+        Aot(
+            "rms_norm:rms_norm_bwd", x, other, x, vector, bias, mean, stats, seed, residual, True, False, 1e-6, 0.0, p
+        ),
+    ]  # fmt: skip
+
+
 AOT = [
-    Aot("rms_norm:rms_norm_fwd", meta(8192, 4096), meta(4096), None, 1e-6),
-    Aot("rms_norm:rms_norm_fwd", meta(8192, 768), meta(768), meta(8192, 768), 1e-6),
-    Aot(
-        "rms_norm:rms_norm_bwd",
-        meta(8192, 4096),
-        None,
-        meta(8192, 4096),
-        meta(4096),
-        RSTD,
-        True,
-        1e-6,
-    ),
-    Aot(
-        "rms_norm:rms_norm_bwd",
-        meta(8192, 768),
-        meta(8192, 768),
-        meta(8192, 768),
-        meta(768),
-        RSTD,
-        True,
-        1e-6,
-    ),
+    case
+    for n in (128, 768, 4096, 8192, 16384, 32768, 262144)
+    for residual in (False, True)
+    for case in _aot(n, residual)
 ]
+AOT += [*_aot(128, heads=32), *_aot(4096, True, True)]

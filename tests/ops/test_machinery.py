@@ -131,7 +131,7 @@ def test_the_reason_without_a_gpu(data, device, monkeypatch):
 
 def test_the_dispatcher_entry_refuses_what_it_has_no_kernel_for(data):
     with pytest.raises(ValueError, match=r"rms_norm: no kernel for backend 'reference'; there is \('triton',\)"):
-        torch.ops.fastlm.rms_norm(*data, None, 1e-5, "reference")
+        torch.ops.fastlm.rms_norm(*data, None, None, None, 1e-5, 0.0, False, 0.0, "reference")
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,199 @@
+"""What rms_norm and layer_norm share around their kernels: schemas, shapes, gradients, DTensor rules, argument checks."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastlm.ops._op import Op, compute_dtype, grad_of
+from fastlm.ops.norm_reference import dropped, norm_reference, normalised
+from fastlm.ops.random_bits import seed_tensor
+
+_WIDEST = 262144
+CASTINGS = ("fp32", "llama")
+
+
+def _supports(backend, x, *_):
+    if backend == "triton" and x.shape[-1] > _WIDEST:
+        return f"its rows are at most {_WIDEST} wide, got {x.shape[-1]}"
+    return None
+
+
+def norm_op(name, torch_form, centred: bool) -> Op:
+    """The Op of one norm. centred: whether the mean is taken off. torch_form takes the arguments of norm_reference."""
+    op = Op(
+        name,
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, float eps, float weight_offset, bool llama,"
+        " float dropout_p, str backend) -> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)",
+        "(Tensor dy, Tensor? dresidual_out, Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd, Tensor? seed,"
+        " bool has_residual, bool need_dweight, bool need_dbias, float eps, float weight_offset, float dropout_p,"
+        " str backend) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+        reference=partial(norm_reference, centred=centred),
+        torch=torch_form,
+        kernels={"triton": (f"{name}:{name}_fwd", f"{name}:{name}_bwd")},
+        supports=_supports,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    )
+    op.fake(partial(_fake_forward, centred), _fake_backward)
+    op.autograd(_function(op, centred))
+    op.backward_reference(partial(_backward_reference, centred))
+    op.sharding(partial(_shard_forward, centred), partial(_shard_backward, centred))
+    return op
+
+
+def _two_outputs(dy, x, seed, has_residual):
+    """Whether the residual's gradient is not simply that of x."""
+    return has_residual and (seed is not None or x.dtype != dy.dtype)
+
+
+def _fake_forward(centred, x, weight, bias, residual, seed, eps, weight_offset, llama, dropout_p, backend):
+    sum_shape, sum_dtype = (0, x.dtype) if residual is None else (x.shape, residual.dtype)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(sum_shape, dtype=sum_dtype),
+        x.new_empty(x.shape[:-1] if centred else 0, dtype=torch.float32),
+        x.new_empty(x.shape[:-1], dtype=torch.float32),
+    )
+
+
+def _fake_backward(dy, dresidual_out, x, weight, bias, mean, rstd, seed, has_residual, need_dweight, need_dbias, *_):
+    return (
+        dy.new_empty(x.shape),
+        x.new_empty(x.shape if _two_outputs(dy, x, seed, has_residual) else 0),
+        *(
+            x.new_empty(x.shape[-1] if need else 0, dtype=(x if t is None else t).dtype)
+            for need, t in ((need_dweight, weight), (need_dbias, bias))
+        ),
+    )
+
+
+def _function(op: Op, centred: bool) -> type[torch.autograd.Function]:
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, residual, seed, eps, weight_offset, llama, dropout_p, backend):
+            y, residual_out, mean, rstd = op.below(
+                x, weight, bias, residual, seed, eps, weight_offset, llama, dropout_p, backend
+            )
+            # bias is kept for its dtype alone. Of dropout only the seed is kept, never the mask.
+            kept = x if residual is None else residual_out
+            ctx.save_for_backward(kept, weight, bias, mean if centred else None, rstd, seed)
+            ctx.x_dtype, ctx.options, ctx.has_residual = (
+                x.dtype,
+                (eps, weight_offset, dropout_p, backend),
+                residual is not None,
+            )
+            ctx.mark_non_differentiable(*((mean, rstd) if residual is not None else (residual_out, mean, rstd)))
+            ctx.set_materialize_grads(False)
+            return y, residual_out, mean, rstd
+
+        @staticmethod
+        def backward(ctx, dy, dresidual_out, *_):
+            x, weight, bias, mean, rstd, seed = ctx.saved_tensors
+            if dy is None:
+                dy = torch.zeros(x.shape, dtype=ctx.x_dtype, device=x.device)
+            need = weight is not None and ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]
+            dx, dresidual, dweight, dbias = op.backward(
+                dy, dresidual_out, x, weight, bias, mean, rstd, seed, ctx.has_residual, *need, *ctx.options
+            )
+            if not ctx.has_residual:
+                dresidual = None
+            elif not _two_outputs(dy, x, seed, True):
+                dresidual = dx
+            return dx, dweight if need[0] else None, dbias if need[1] else None, dresidual, *(None,) * 6
+
+    Norm.__name__ = Norm.__qualname__ = op.name
+    return Norm
+
+
+def _backward_reference(centred, dy, dresidual_out, x, weight, bias, mean, rstd, seed, has_residual, need_dweight,
+                        need_dbias, eps, weight_offset, dropout_p, backend):  # fmt: skip
+    def formula(a, w, b):
+        if seed is not None and not has_residual:
+            a = dropped(a.to(compute_dtype(a)), seed, dropout_p)
+        return normalised(a, w, b, eps, weight_offset, None, centred).to(dy.dtype)
+
+    dsum, dweight, dbias = grad_of(formula, (x, weight, bias), (dy,))
+    if dresidual_out is not None:  # x is the sum that was normalised, so the residual's own gradient is simply added
+        dsum = dsum + dresidual_out
+    dx = dsum
+    if seed is not None and has_residual:
+        dx = dropped(dsum.to(compute_dtype(dsum)), seed, dropout_p)
+    args = (dy, None, x, weight, bias, mean, rstd, seed, has_residual, False, False)
+    _, nothing, no_dweight, no_dbias = _fake_backward(*args)
+    return (
+        dx.to(dy.dtype),
+        dsum if _two_outputs(dy, x, seed, has_residual) else nothing,
+        dweight if need_dweight else no_dweight,
+        dbias if need_dbias else no_dbias,
+    )
+
+
+def _shard_forward(centred, x, weight, bias, residual, seed, *_):
+    from torch.distributed.tensor import Replicate, Shard
+
+    def rule(place):
+        sum_place = Replicate() if residual is None else place
+        parameters = [None if t is None else Replicate() for t in (weight, bias)]
+        inputs = [place, *parameters, None if residual is None else place, None]
+        return [place, sum_place, place if centred else Replicate(), place], [*inputs, *(None,) * 5]
+
+    return [rule(Replicate()), *(rule(Shard(d)) for d in range(x.ndim - 1))]
+
+
+def _shard_backward(centred, dy, dresidual_out, x, weight, bias, mean, rstd, seed, has_residual, need_dweight, need_dbias,
+                    *_):  # fmt: skip
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    two = has_residual and x.tensor_meta.dtype != dy.tensor_meta.dtype
+
+    def rule(place, summed):
+        outputs = [place, place if two else Replicate()]
+        outputs += [summed if need else Replicate() for need in (need_dweight, need_dbias)]
+        parameters = [None if t is None else Replicate() for t in (weight, bias)]
+        inputs = [
+            place,
+            None if dresidual_out is None else place,
+            place,
+            *parameters,
+            place if centred else None,
+            place,
+        ]
+        return outputs, [*inputs, *(None,) * 8]
+
+    return [rule(Replicate(), Replicate()), *(rule(Shard(d), Partial()) for d in range(x.ndim - 1))]
+
+
+def check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Raises what the contracts of the norms say about tensors."""
+    shape = x.shape
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
+    if len(shape) == 0:
+        raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
+    if weight is not None and weight.shape != shape[-1:]:
+        raise ValueError(f"{op}: weight must be [{shape[-1]}] like x's last dimension, got {list(weight.shape)}")
+    if bias is not None and bias.shape != shape[-1:]:
+        raise ValueError(f"{op}: bias must be [{shape[-1]}] like x's last dimension, got {list(bias.shape)}")
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"{op}: residual must have x's shape {list(shape)}, got {list(residual.shape)}")
+
+
+def check_casting(op: str, casting: str) -> bool:
+    """Whether the casting is Llama's. Raises ValueError for an unknown one."""
+    if casting not in CASTINGS:
+        raise ValueError(f"{op}: casting must be one of {', '.join(CASTINGS)}, got {casting!r}")
+    return casting == "llama"
+
+
+def dropout_seed(op: str, x: Tensor, seed: int | Tensor | None, dropout_p: float) -> Tensor:
+    """The seed of a call with dropout. Raises ValueError, TypeError for a bad p or seed, and for DTensors."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {dropout_p}")
+    if type(x).__name__ == "DTensor":
+        raise ValueError(
+            f"{op}: dropout_p must be 0 for a DTensor, whose parts cannot tell their rows' numbers; drop out before, "
+            "or work on x.to_local()"
+        )
+    return seed_tensor(op, seed, x)
