@@ -5,9 +5,11 @@ chunk's logits into losses and, in place, into the gradient with respect to them
 before the buffer is overwritten. So the gradient costs three products in all and no second look at the logits (the idea of
 Liger Kernel's fused loss, arXiv:2410.10989).
 
-    rows(logits, target, loss, row_scale, with_grad, ignore_index, label_smoothing, z_loss, softcap)
+    rows(logits, target, loss, row_scale, class_weight, class_sum, with_grad, ignore_index, label_smoothing, z_loss, scale,
+         softcap)
         logits [R, V], of unit stride along V, is overwritten by d(sum_r row_scale[r] * loss[r]) / d(logits) if with_grad;
-        row_scale [R] fp32 or None for ones; loss [R] is written. Rows whose target is ignored get 0 in both.
+        row_scale [R] fp32 or None for ones; loss [R] is written; class_weight [V] fp32 and its sum (0-d), or None twice.
+        Rows whose target is ignored get 0 in both. Columns up to the row stride may be overwritten with anything.
 """
 
 from __future__ import annotations
@@ -20,15 +22,18 @@ LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 # Elements a row of logits is padded to a multiple of. On a GPU neither a product nor a kernel can use 16-byte accesses on
 # rows of, say, 50,257 elements; torch's softmax on the CPU wants them without gaps.
 ROW_MULTIPLE = {"cpu": 1, "cuda": 16}
+_PART = 1 << 18  # elements of an intermediate result
 
 
 def kind_of(device):
     return "cpu" if device.type == "cpu" else "cuda"
 
 
-def chunk_rows(n, width, itemsize, device):
-    """Rows per chunk: what the budget allows, evened out so that the last chunk is about as long as the others."""
-    most = max(1, LOGITS_BYTES[kind_of(device)] // (width * itemsize))
+def chunk_rows(n, width, itemsize, device, logits_bytes=None):
+    """Rows per chunk: what the budget (None: LOGITS_BYTES) allows, evened out so that the last chunk is about as long as the
+    others."""
+    budget = LOGITS_BYTES[kind_of(device)] if logits_bytes is None else logits_bytes
+    most = max(1, budget // (width * itemsize))
     if most >= n:
         return max(n, 1)
     step = 1 if most < 128 else 128  # whole tiles of a product
@@ -50,23 +55,69 @@ def add_product(total, a, b, first):
     if total.dtype == a.dtype:
         return torch.mm(a, b, out=total) if first else total.addmm_(a, b)
     if total.device.type == "cpu":  # has no 16-bit product with an fp32 result
-        part = torch.mm(a, b)
-        return total.copy_(part) if first else total.add_(part)
+        rows = max(
+            1, _PART // b.shape[1]
+        )  # nor a mixed sum without an fp32 copy: parts that are small, and in the cache
+        for out, factor in zip(total.split(rows), a.split(rows)):
+            part = torch.mm(factor, b)
+            out.copy_(part) if first else out.add_(part)
+        return total
     if first:
         return torch.mm(a, b, out_dtype=total.dtype, out=total)
     return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-class Gradients:
-    """Gradients of hidden, weight and bias, gathered chunk by chunk; an empty tensor for each that is not needed."""
+def narrowed(t, dtype):
+    """t [any shape, contiguous] in `dtype`. From 32 to 16 bits within t's own storage, which the result keeps: a copy would hold
+    three times the result's bytes at once. Every block is as long as all before it, so what it overwrites has been read."""
+    if 2 * dtype.itemsize != t.dtype.itemsize:
+        return t.to(dtype)
+    n, source = t.numel(), t.view(-1)
+    result = source.view(dtype)[:n]
+    done = min(n, _PART)
+    result[:done] = source[:done].to(dtype)
+    while done < n:
+        stop = min(n, 2 * done)
+        result[done:stop] = source[done:stop]
+        done = stop
+    return result.view(t.shape)
 
-    def __init__(self, h, weight, bias, chunks, need):
+
+class Chunks:
+    """Iterating gives (slice of rows, their logits) until all rows of hidden are through; logits share one buffer."""
+
+    def __init__(self, hidden, weight, bias, logits_bytes=None):
+        self.h = hidden.reshape(-1, hidden.shape[-1])
+        self.weight = weight.to(self.h.dtype)  # once per call, not once per chunk
+        self.bias = None if bias is None else bias.to(self.h.dtype)
+        n, vocabulary = self.h.shape[0], weight.shape[0]
+        multiple = ROW_MULTIPLE[kind_of(self.h.device)]
+        width = -(-vocabulary // multiple) * multiple
+        self.step = chunk_rows(n, width, self.h.element_size(), self.h.device, logits_bytes)
+        self.count = -(-n // self.step)
+        self.shape = (min(self.step, n), width)
+
+    def __iter__(self):
+        n, vocabulary = self.h.shape[0], self.weight.shape[0]
+        buffer = torch.empty(self.shape, dtype=self.h.dtype, device=self.h.device)[:, :vocabulary]
+        for start in range(0, n, self.step):
+            here = slice(start, min(start + self.step, n))
+            yield here, logits_of(self.h[here], self.weight, self.bias, buffer[: here.stop - start])
+
+
+class Gradients:
+    """Gradients of hidden, weight and bias, gathered chunk by chunk; an empty tensor for each that is not needed.
+
+    narrow: sum the weight's gradient over chunks in h's dtype.
+    """
+
+    def __init__(self, h, weight, bias, chunks, need, narrow=False):
         self.need_dh, self.need_dw, self.need_db = need
         wide = compute_dtype(h.dtype)
         self.weight_dtype = weight.dtype
         self.bias_dtype = weight.dtype if bias is None else bias.dtype
         # A sum over chunks rounded to 16 bits at every chunk loses small terms: fp32 where there is more than one.
-        sum_dtype = h.dtype if chunks == 1 and weight.dtype == h.dtype else wide
+        sum_dtype = h.dtype if narrow or (chunks == 1 and weight.dtype == h.dtype) else wide
         self.dh = torch.empty(h.shape if self.need_dh else 0, dtype=h.dtype, device=h.device)
         self.dw = torch.empty(weight.shape if self.need_dw else 0, dtype=sum_dtype, device=h.device)
         self.db = torch.zeros(weight.shape[0] if self.need_db else 0, dtype=wide, device=h.device)
@@ -83,59 +134,80 @@ class Gradients:
 
     def result(self, shape):
         dh = self.dh.view(shape) if self.need_dh else self.dh
-        return dh, self.dw.to(self.weight_dtype), self.db.to(self.bias_dtype)
+        return dh, narrowed(self.dw, self.weight_dtype), self.db.to(self.bias_dtype)
 
 
-def _run(rows, hidden, weight, bias, target, row_scale, need, options):
+def _run(rows, hidden, weight, bias, target, row_scale, class_weight, options, narrow, logits_bytes, need):
     """-> loss [N], gradients of `sum(row_scale * loss)` (row_scale None: of the plain sum)."""
-    h, target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
-    n, vocabulary = h.shape[0], weight.shape[0]
-    w = weight.to(h.dtype)  # once per call, not once per chunk
-    b = None if bias is None else bias.to(h.dtype)
-    multiple = ROW_MULTIPLE[kind_of(h.device)]
-    width = -(-vocabulary // multiple) * multiple
-    step = chunk_rows(n, width, h.element_size(), h.device)
-    loss = torch.empty(n, dtype=compute_dtype(h.dtype), device=h.device)
-    buffer = torch.empty((min(step, n), width), dtype=h.dtype, device=h.device)[:, :vocabulary]
-    gradients = Gradients(h, weight, bias, -(-n // step), need)
-    for start in range(0, n, step):
-        here = slice(start, min(start + step, n))
-        logits = logits_of(h[here], w, b, buffer[: here.stop - start])
+    chunks, target = Chunks(hidden, weight, bias, logits_bytes), target.reshape(-1)
+    wide = compute_dtype(hidden.dtype)
+    loss = torch.empty(target.shape, dtype=wide, device=hidden.device)
+    class_sum = None
+    if class_weight is not None:
+        class_weight = class_weight.to(wide).contiguous()
+        class_sum = class_weight.sum()
+    gradients = Gradients(chunks.h, weight, bias, chunks.count, need, narrow)
+    for here, logits in chunks:
         scale = None if row_scale is None else row_scale[here]
-        rows(logits, target[here], loss[here], scale, any(need), *options)
-        gradients.add(logits, h[here], w, start)
+        rows(logits, target[here], loss[here], scale, class_weight, class_sum, any(need), *options)
+        gradients.add(logits, chunks.h[here], chunks.weight, here.start)
     return loss, gradients.result(hidden.shape)
 
 
-def forward(rows, hidden, weight, bias, target, ignore_index, label_smoothing, z_loss, softcap, reduction,
-            need_dhidden, need_dweight, need_dbias):  # fmt: skip
+def inverse(denominator, dtype):
+    """1 / denominator (0-d) without a look at it, and 0 for 0: a batch without a live row has loss 0, not 0 / 0."""
+    denominator = denominator.to(dtype)
+    return denominator.reciprocal().masked_fill_(denominator == 0, 0)
+
+
+def weighted(loss, token_weight, target, ignore_index):
+    """loss times token_weight, flat, with 0 in ignored rows whatever their weight."""
+    if token_weight is None:
+        return loss
+    return (loss * token_weight.reshape(-1)).masked_fill_(target.reshape(-1) == ignore_index, 0)
+
+
+def forward(rows, hidden, weight, bias, target, token_weight, class_weight, denominator, ignore_index, label_smoothing,
+            z_loss, scale, softcap, reduction, narrow, logits_bytes, need_dhidden, need_dweight, need_dbias):  # fmt: skip
     """-> loss (0-d, or target's shape for "none"), gradients of the sum of losses, and what they must be multiplied by (0-d).
 
-    "none" has no gradients yet: they depend on the upstream ones.
+    "none" has no gradients yet: they depend on the upstream ones. Token weights and the denominator enter every row's gradient
+    here, before the products sum over rows.
     """
-    options = (ignore_index, label_smoothing, z_loss, softcap)
+    options = (ignore_index, label_smoothing, z_loss, scale, softcap)
     need = (need_dhidden, need_dweight, need_dbias) if reduction != "none" else (False, False, False)
-    mean = left = torch.empty((), dtype=compute_dtype(hidden.dtype), device=hidden.device).fill_(1.0)
-    row_scale = None
-    if reduction == "mean":
-        # Stays on the device. Without any live token the loss is 0, not 0 / 0.
-        mean = 1 / (target != ignore_index).sum().clamp(min=1).to(left.dtype)
+    wide = compute_dtype(hidden.dtype)
+    left = torch.empty((), dtype=wide, device=hidden.device).fill_(1.0)
+    row_scale = token_weight = None if token_weight is None else token_weight.reshape(-1).to(wide).contiguous()
+    if denominator is not None:
+        share = inverse(denominator, wide)
         if hidden.dtype == torch.float16:
-            left = mean  # probabilities / live tokens would often be below fp16's smallest number
+            left = share  # probabilities / live tokens would often be below fp16's smallest number
+        elif row_scale is None:
+            row_scale = share.expand(target.numel()).contiguous()  # so that the products' results are rounded once
         else:
-            row_scale = mean.expand(target.numel()).contiguous()  # so that the products' results are rounded once
-    loss, gradients = _run(rows, hidden, weight, bias, target, row_scale, need, options)
-    loss = loss.view(target.shape) if reduction == "none" else loss.sum() * mean
-    return loss, *gradients, left
+            row_scale = row_scale * share
+    loss, gradients = _run(
+        rows, hidden, weight, bias, target, row_scale, class_weight, options, narrow, logits_bytes, need
+    )
+    loss = weighted(loss, token_weight, target, ignore_index)
+    if reduction == "none":
+        return loss.view(target.shape), *gradients, left
+    loss = loss.sum()
+    return loss if denominator is None else loss * share, *gradients, left
 
 
-def backward(rows, scaled, dloss, hidden, weight, bias, target, dhidden, dweight, dbias, left, ignore_index,
-             label_smoothing, z_loss, softcap, reduction, need_dhidden, need_dweight, need_dbias):  # fmt: skip
+def backward(rows, scaled, dloss, hidden, weight, bias, target, token_weight, class_weight, denominator, dhidden, dweight,
+             dbias, left, ignore_index, label_smoothing, z_loss, scale, softcap, reduction, narrow, logits_bytes, need_dhidden,
+             need_dweight, need_dbias):  # fmt: skip
     """-> gradients of hidden, weight and bias, new tensors. `scaled(t, factor)` multiplies by a 0-d tensor in fp32."""
     if reduction != "none":
         factor = dloss * left
         return tuple(scaled(t, factor) for t in (dhidden, dweight, dbias))
-    options = (ignore_index, label_smoothing, z_loss, softcap)
+    options = (ignore_index, label_smoothing, z_loss, scale, softcap)
     need = (need_dhidden, need_dweight, need_dbias)
-    row_scale = dloss.reshape(-1).contiguous()
-    return _run(rows, hidden, weight, bias, target, row_scale, need, options)[1]
+    row_scale = dloss.reshape(-1)
+    if token_weight is not None:
+        row_scale = row_scale * token_weight.reshape(-1).to(row_scale.dtype)
+    row_scale = row_scale.contiguous()
+    return _run(rows, hidden, weight, bias, target, row_scale, class_weight, options, narrow, logits_bytes, need)[1]

@@ -64,16 +64,27 @@ BENCH = Bench(
 ROWS, WIDTH, CLASSES = 1024, 4096, 128256
 
 
-def _aot(label_smoothing, softcap, reduction, classes=CLASSES):
+def _aot(classes=CLASSES, label_smoothing=0.0, softcap=None, reduction="mean", weights=False):
+    fp32 = {"dtype": torch.float32}
     inputs = meta(ROWS, WIDTH), meta(classes, WIDTH), None, meta(ROWS, dtype=torch.int64)
-    options = -100, label_smoothing, 0.0, softcap, reduction, True, True, False
-    saved = meta(ROWS, WIDTH), meta(classes, WIDTH), meta(0), meta(dtype=torch.float32)
-    dloss = meta(*([ROWS] if reduction == "none" else []), dtype=torch.float32)
+    constants = meta(ROWS, **fp32) if weights else None, meta(classes, **fp32) if weights else None
+    denominator = meta(**fp32) if reduction == "mean" else None
+    tensors = *inputs, *constants, denominator
+    options = -100, label_smoothing, 0.0, 1.0, softcap, reduction, False, None, True, True, False
+    saved = meta(ROWS, WIDTH), meta(classes, WIDTH), meta(0), meta(**fp32)
+    dloss = meta(*([ROWS] if reduction == "none" else []), **fp32)
     kernels = "linear_cross_entropy:linear_cross_entropy_"
-    return [
-        Aot(kernels + "fwd", *inputs, *options),
-        Aot(kernels + "bwd", dloss, *inputs, *saved, *options),
-    ]
+    return [Aot(kernels + "fwd", *tensors, *options), Aot(kernels + "bwd", dloss, *tensors, *saved, *options)]
 
 
-AOT = [*_aot(0.0, None, "mean"), *_aot(0.1, 30.0, "none"), _aot(0.0, None, "mean", 50257)[0]]
+# Backward: of "none" the rows kernel again, with gradients only there; of "mean" copies scaled under torch.compile.
+AOT = [
+    *_aot(),
+    *_aot(label_smoothing=0.1, softcap=30.0, reduction="none"),
+    _aot(label_smoothing=0.1, softcap=30.0, weights=True)[0],
+    _aot(50257)[0],
+    _aot(50257, label_smoothing=0.1, softcap=30.0, weights=True)[0],
+    _aot(151936)[0],
+    _aot(151936, label_smoothing=0.1, softcap=30.0, weights=True)[0],
+    Aot("linear_cross_entropy:scale_", meta(CLASSES, WIDTH), meta(dtype=torch.float32)),
+]

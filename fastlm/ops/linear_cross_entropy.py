@@ -9,102 +9,94 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.kernels import chunked_loss
-from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of, host_values
+from fastlm.ops import loss_checks as checks
+from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
+from fastlm.ops.loss_rows import cross_entropy_rows
 
-_SCRATCH_BYTES = 1 << 19
 # Logits up to which the CPU takes torch's own two calls: chunks save nothing there, and their dozens of small torch calls
 # cost half a millisecond (768 x 65: 0.74 against 1.25 ms with the backward; at 2048 x 1024 they are even).
-_SMALL = 1 << 20
+_SMALL = 1 << 21
+_NEED = slice(-4, -1)  # where the three need_* flags stand among the options
 
 
-def _reference(hidden, weight, bias, target, ignore_index, label_smoothing, z_loss, softcap, reduction):
+def _reference(hidden, weight, bias, target, token_weight, class_weight, denominator, ignore_index, label_smoothing, z_loss,
+               scale, softcap, reduction, *_):  # fmt: skip
     dtype = compute_dtype(hidden)
-    logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     lse = logits.logsumexp(-1)
     live = target != ignore_index
-    picked = logits.gather(-1, target.clamp(0, weight.shape[0] - 1).unsqueeze(-1)).squeeze(-1)
-    loss = lse - (1 - label_smoothing) * picked
+    index = target.clamp(0, weight.shape[0] - 1)
+    loss = lse - logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    w = None if class_weight is None else class_weight.to(dtype)
+    if w is not None:
+        loss = loss * w[index]
+    loss = loss * (1 - label_smoothing)
     if label_smoothing:  # else 0 times the -inf of a class that a bias rules out
-        loss = loss - label_smoothing * logits.mean(-1)
+        below = lse.unsqueeze(-1) - logits
+        loss = loss + label_smoothing * (below if w is None else below * w).mean(-1)
     loss = loss + z_loss * lse.square()
-    loss = loss.where((target >= 0) & (target < weight.shape[0]), torch.nan).where(live, 0)
+    loss = loss.where((target >= 0) & (target < weight.shape[0]), torch.nan)
+    if token_weight is not None:
+        loss = loss * token_weight.to(dtype)
+    loss = loss.where(live, 0)
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / live.sum().clamp(min=1)
+    return loss.sum() if denominator is None else loss.sum() * chunked_loss.inverse(denominator, dtype)
 
 
-def _torch_rows(logits, target, loss, row_scale, with_grad, ignore_index, label_smoothing, z_loss, softcap):
-    """The `rows` function of kernels/chunked_loss.py in plain torch: few passes, each over rows that are in the cache."""
-    rows, vocabulary = logits.shape
-    index = target.clamp(0, vocabulary - 1).unsqueeze(1)
-    column = loss.unsqueeze(1)
-    ignored = target == ignore_index
-    if with_grad:
-        scale = (~ignored).to(loss.dtype) if row_scale is None else row_scale.masked_fill(ignored, 0)
-        scale, hit = scale.unsqueeze(1), column.new_full((rows, 1), label_smoothing - 1)
-    block = min(rows, max(1, _SCRATCH_BYTES // (vocabulary * loss.element_size())))
-    scratch = torch.empty((block, vocabulary), dtype=loss.dtype, device=logits.device)
-    for start in range(0, rows, block):
-        here = slice(start, min(start + block, rows))
-        z, at, out = logits[here], index[here], column[here]
-        x = z.to(loss.dtype)
-        if softcap is not None:
-            x = torch.div(x, softcap).tanh_().mul_(softcap)
-        p = (torch.softmax if with_grad else torch.log_softmax)(x, -1, out=scratch[: x.shape[0]])
-        # log sum exp(x - peak): the largest probability is at least 1 / V, so its logarithm is good to rounding.
-        excess = p.amax(-1, keepdim=True)
-        excess = (excess.log_() if with_grad else excess).neg_()
-        peak, picked = x.amax(-1, keepdim=True), x.gather(1, at)
-        torch.sub(peak, picked, out=out).add_(excess)
-        if label_smoothing:
-            out.add_(picked - x.mean(-1, keepdim=True), alpha=label_smoothing)
-        if z_loss:
-            out.add_((peak + excess).square_(), alpha=z_loss)
-        if not with_grad:
-            continue
-        # Added last: together with p it would round away what is left of p - 1 where p is close to 1.
-        pull = p * (2 * z_loss * (peak + excess)) if z_loss else None
-        if label_smoothing:
-            p.sub_(label_smoothing / vocabulary)
-        p.scatter_add_(1, at, hit[here])
-        if pull is not None:
-            p.add_(pull)
-        if softcap is not None:
-            p.mul_(x.div_(softcap).square_().neg_().add_(1))
-        torch.mul(p, scale[here], out=z)
-    loss.masked_fill_(index.squeeze(1) != target, torch.nan).masked_fill_(ignored, 0)
-
-
-def _small(hidden, weight, bias, target, ignore_index, label_smoothing, reduction):
+def _small(hidden, weight, bias, target, token_weight, class_weight, denominator, ignore_index, label_smoothing, scale,
+           reduction):  # fmt: skip
     """torch's own two calls, which hold all logits, with our meaning of dtypes and of a batch without a live row."""
     logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
     logits, flat = logits.to(compute_dtype(hidden)).reshape(-1, weight.shape[0]), target.reshape(-1)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if scale != 1:
+        logits = logits * scale
+    w = None if class_weight is None else class_weight.to(logits.dtype)
+    each = reduction == "none" or token_weight is not None
+    loss = F.cross_entropy(logits, flat, w, reduction="none" if each else "sum", ignore_index=ignore_index,
+                           label_smoothing=label_smoothing)  # fmt: skip
+    if token_weight is not None:
+        loss = loss * token_weight.reshape(-1).to(loss.dtype).masked_fill(flat == ignore_index, 0)
     if reduction == "none":
-        return F.cross_entropy(logits, flat, reduction="none", **options).view(target.shape)
-    loss = F.cross_entropy(logits, flat, reduction="sum", **options)
-    return loss if reduction == "sum" else loss / (target != ignore_index).sum().clamp(min=1)
+        return loss.view(target.shape)
+    loss = loss.sum() if each else loss
+    return loss if denominator is None else loss * chunked_loss.inverse(denominator, loss.dtype)
+
+
+def _scale_(t, factor):
+    """t *= factor (0-d), rounded once, a block at a time: torch would round the factor itself to t's 16 bits."""
+    if factor.device.type == "cpu" and factor == 1:
+        return
+    if t.dtype == factor.dtype:
+        t.mul_(factor)
+        return
+    for part in t.view(-1).split(1 << 18):
+        part.copy_(part.to(factor.dtype).mul_(factor))
 
 
 def _scaled(t, factor):
-    # The factor in fp32: torch would round a 0-d tensor to 16 bits first.
     wide = compute_dtype(t)
     return t * factor.to(wide) if t.dtype == wide else t.to(wide).mul_(factor).to(t.dtype)
 
 
 OP = Op(
     "linear_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float label_smoothing, float z_loss,"
-    " float? softcap, str reduction, bool need_dhidden, bool need_dweight, bool need_dbias, str backend)"
-    " -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor scale)",
-    "(Tensor dloss, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor dhidden, Tensor dweight,"
-    " Tensor dbias, Tensor scale, int ignore_index, float label_smoothing, float z_loss, float? softcap, str reduction,"
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? token_weight, Tensor? class_weight,"
+    " Tensor? denominator, int ignore_index, float label_smoothing, float z_loss, float scale, float? softcap,"
+    " str reduction, bool narrow, int? logits_bytes, bool need_dhidden, bool need_dweight, bool need_dbias, str backend)"
+    " -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor left)",
+    "(Tensor dloss, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? token_weight,"
+    " Tensor? class_weight, Tensor? denominator, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor left, int ignore_index,"
+    " float label_smoothing, float z_loss, float scale, float? softcap, str reduction, bool narrow, int? logits_bytes,"
     " bool need_dhidden, bool need_dweight, bool need_dbias, str backend) -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     kernels={
-        "torch": (partial(chunked_loss.forward, _torch_rows), partial(chunked_loss.backward, _torch_rows, _scaled)),
+        "torch": (
+            partial(chunked_loss.forward, cross_entropy_rows),
+            partial(chunked_loss.backward, cross_entropy_rows, _scaled),
+        ),
         "triton": (
             "linear_cross_entropy:linear_cross_entropy_fwd",
             "linear_cross_entropy:linear_cross_entropy_bwd",
@@ -120,61 +112,101 @@ def _empty_gradients(hidden, weight, bias, need):
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
 
 
-def _fake_forward(hidden, weight, bias, target, i, s, z, c, reduction, need_dhidden, need_dweight, need_dbias, backend):
-    need = (need_dhidden, need_dweight, need_dbias) if reduction != "none" else (False, False, False)
+def _fake_forward(hidden, weight, bias, target, *rest):
+    reduction, need = rest[8], rest[_NEED]
+    need = need if reduction != "none" else (False, False, False)
     dtype = compute_dtype(hidden)
     loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
     return loss, *_empty_gradients(hidden, weight, bias, need), hidden.new_empty((), dtype=dtype)
 
 
 def _fake_backward(dloss, hidden, weight, bias, target, *rest):
-    return _empty_gradients(hidden, weight, bias, rest[-4:-1])
+    return _empty_gradients(hidden, weight, bias, rest[_NEED])
 
 
 OP.fake(_fake_forward, _fake_backward)
+_TENSORS = 7  # hidden, weight, bias, target, token_weight, class_weight, denominator; then the options
 
 
 @OP.autograd
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, *options):
+    def forward(ctx, *args):
+        tensors, options = args[:_TENSORS], args[_TENSORS:]
         options = (*options[:-4], *ctx.needs_input_grad[:3], options[-1])
-        loss, dhidden, dweight, dbias, scale = OP.below(hidden, weight, bias, target, *options)
-        ctx.save_for_backward(hidden, weight, bias, target, dhidden, dweight, dbias, scale)
+        loss, dhidden, dweight, dbias, left = OP.below(*tensors, *options)
+        ctx.save_for_backward(*tensors, dhidden, dweight, dbias, left)
         ctx.options = options
-        ctx.mark_non_differentiable(dhidden, dweight, dbias, scale)
+        ctx.mark_non_differentiable(dhidden, dweight, dbias, left)
         ctx.set_materialize_grads(False)
-        return loss, dhidden, dweight, dbias, scale
+        return loss, dhidden, dweight, dbias, left
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        nothing = (None,) * len(ctx.options)
+        nothing = (None,) * (_TENSORS - 3 + len(ctx.options))
         if dloss is None:
-            return None, None, None, None, *nothing
+            return None, None, None, *nothing
         grads = OP.backward(dloss, *ctx.saved_tensors, *ctx.options)
-        return *(g if needed else None for g, needed in zip(grads, ctx.options[-4:-1])), None, *nothing
+        return *(g if needed else None for g, needed in zip(grads, ctx.options[_NEED])), *nothing
+
+
+class _InPlace(torch.autograd.Function):
+    """The same for "mean" and "sum" outside torch.compile, without a second copy of the gradients.
+
+    The forward's gradients wait on ctx, not among the saved tensors: the first backward scales them where they are and hands
+    them over. A further backward over the same graph makes them anew, by the same code, and so bit for bit the same.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        loss, *ctx.gradients = OP.below(*args)
+        ctx.save_for_backward(*args[:_TENSORS])
+        ctx.options = args[_TENSORS:]
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        tensors, options = ctx.saved_tensors, ctx.options
+        need, backend = options[_NEED], options[-1]
+        nothing = (None,) * (_TENSORS - 3 + len(options))
+        if torch.is_grad_enabled():  # create_graph: the derivative of the reference
+            nothing_yet = _empty_gradients(*tensors[:3], (False,) * 3)
+            grads = OP.backward(dloss, *tensors, *nothing_yet, dloss, *options)
+        else:
+            *grads, left = ctx.gradients or OP.below(*tensors, *options)[1:]
+            ctx.gradients = None
+            if backend == "triton":
+                from fastlm.kernels.linear_cross_entropy import scale_
+            else:
+                scale_ = _scale_
+            for g in grads:
+                scale_(g, dloss * left)
+        return *(g if needed else None for g, needed in zip(grads, need)), *nothing
 
 
 @OP.backward_reference
-def _backward_reference(dloss, hidden, weight, bias, target, dhidden, dweight, dbias, scale, *options):
-    options, need, dtype = options[:5], options[5:8], compute_dtype(hidden)
-    fn = lambda h, w, b: OP.plain("reference", h, w, b, target, *options).to(dtype)  # noqa: E731
+def _backward_reference(dloss, *args):
+    (hidden, weight, bias), constants, options = args[:3], args[3:_TENSORS], args[_TENSORS + 4 :]
+    need, dtype = options[_NEED], compute_dtype(hidden)
+    fn = lambda h, w, b: OP.plain("reference", h, w, b, *constants, *options).to(dtype)  # noqa: E731
     grads = grad_of(fn, (hidden, weight, bias), (dloss,))
     return tuple(
         g if needed else e for g, e, needed in zip(grads, _empty_gradients(hidden, weight, bias, (False,) * 3), need)
     )
 
 
-def _shard_forward(
-    hidden, weight, bias, target, i, s, z, c, reduction, need_dhidden, need_dweight, need_dbias, backend
-):
+def _shard_forward(hidden, weight, bias, target, token_weight, class_weight, denominator, *options):
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    options = [None] * 9
-    whole = Replicate()
-    rules = [([whole] * 5, [whole, whole, None if bias is None else whole, whole, *options])]
-    # A mean over the live rows of one part is no part of the mean: the public function asks for the sum.
-    if hidden.ndim > 1 and reduction != "mean":
+    reduction, (need_dhidden, need_dweight, need_dbias) = options[5], options[_NEED]
+    whole, nothing = Replicate(), [None] * len(options)
+    at = lambda *pairs: [None if t is None else p for t, p in pairs]  # noqa: E731
+    inputs = lambda rows: at(  # noqa: E731
+        (hidden, rows), (weight, whole), (bias, whole), (target, rows), (token_weight, rows), (class_weight, whole),
+        (denominator, whole),
+    )  # fmt: skip
+    rules = [([whole] * 5, [*inputs(whole), *nothing])]
+    if hidden.ndim > 1:
         rows, now = Shard(0), reduction != "none"
         outputs = [
             Partial() if now else rows,
@@ -183,23 +215,26 @@ def _shard_forward(
             Partial() if now and need_dbias else whole,
             whole,
         ]
-        rules.append((outputs, [rows, whole, None if bias is None else whole, rows, *options]))
+        rules.append((outputs, [*inputs(rows), *nothing]))
     return rules
 
 
-def _shard_backward(dloss, hidden, weight, bias, target, dhidden, dweight, dbias, scale, i, s, z, c, reduction,
-                    need_dhidden, need_dweight, need_dbias, backend):  # fmt: skip
+def _shard_backward(dloss, *args):
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    options = [None] * 9
-    whole = Replicate()
-    none_or_whole = None if bias is None else whole
-    rules = [([whole] * 3, [whole, whole, whole, none_or_whole, *[whole] * 5, *options])]
-    if hidden.ndim > 1 and reduction != "mean":
+    tensors, options = args[:_TENSORS], args[_TENSORS + 4 :]
+    reduction, (need_dhidden, need_dweight, need_dbias) = options[5], options[_NEED]
+    whole, nothing = Replicate(), [None] * len(options)
+    inputs = lambda rows: [  # noqa: E731
+        None if t is None else rows if by_row else whole
+        for t, by_row in zip(tensors, (True, False, False, True, True, False, False))
+    ]
+    rules = [([whole] * 3, [whole, *inputs(whole), *[whole] * 4, *nothing])]
+    if tensors[0].ndim > 1:
         rows, now = Shard(0), reduction != "none"
         outputs = [rows if need_dhidden else whole, *(Partial() if n else whole for n in (need_dweight, need_dbias))]
         saved = [*outputs, whole] if now else [whole] * 4
-        rules.append((outputs, [whole if now else rows, rows, whole, none_or_whole, rows, *saved, *options]))
+        rules.append((outputs, [whole if now else rows, *inputs(rows), *saved, *nothing]))
     return rules
 
 
@@ -207,115 +242,151 @@ OP.sharding(_shard_forward, _shard_backward)
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
     target: Tensor,
     *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
     reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    weight_grad_dtype: torch.dtype | None = None,
+    logits_bytes: int | None = None,
+    group=None,
     backend: str = "auto",
 ) -> Tensor:
-    """F.cross_entropy(F.linear(hidden, weight, bias), target), with the logits of a chunk of rows at a time.
+    """F.cross_entropy(F.linear(input, linear_weight, linear_bias), target), with the logits of a chunk of rows at a time.
 
-        z = hidden weight^T + bias;   z = softcap * tanh(z / softcap) if given;   lse = log sum_v exp(z_v)
-        loss = lse - (1 - label_smoothing) z_target - label_smoothing * mean_v z_v + z_loss * lse^2
+        z = scale (input linear_weight^T + linear_bias);   z = softcap tanh(z / softcap) if given;   lse = log sum_v exp(z_v)
+        loss_i = (1 - e) w_y (lse - z_y) + e / V sum_v w_v (lse - z_v) + z_loss lse^2     y: target, e: label_smoothing
+        loss_i = token_weight_i loss_i;   0 where the target is ignored
 
     Args:
-        hidden: [..., D], fp16, bf16 or fp32 (fp64 too on reference and torch), any strides.
-        weight: [V, D], any float dtype; products are in hidden's dtype, to which it is cast once per call.
+        input: [..., D], fp16, bf16 or fp32 (fp64 too on reference and torch), any strides.
+        linear_weight: [V, D], any float dtype; products are in input's dtype, to which it is cast once per call.
         target: [...], int64, the class of each row, already shifted.
-        bias: [V] or None, cast like weight.
-        ignore_index: rows with this target add nothing to loss, gradients or the count of live rows.
-        label_smoothing: share of the target mass spread evenly over all classes, in [0, 1].
-        z_loss: coefficient of lse^2, which keeps the logits from drifting (PaLM, arXiv:2204.02311).
+        linear_bias: [V] or None, cast like linear_weight.
+        weight: [V], class weights w (None: ones), a constant.
+        reduction: "mean", "sum" or "none". The mean divides by `denominator`, else, as torch does, by the sum of class weights
+            of live targets: their number without class weights. Token weights do not enter it. Dividing by 0 gives 0 with
+            zero gradients (torch: NaN).
+        ignore_index: rows with this target add nothing to loss, gradients or denominator. None means -100.
+        label_smoothing: e, share of the target mass spread evenly over all classes, in [0, 1].
+        scale: factor of the logits, e.g. 1 / temperature.
         softcap: bound of the logits (Gemma 2, arXiv:2408.00118), or None.
-        reduction: "mean" over live rows, "sum", or "none". Without a live row the mean is 0 with zero gradients (torch: NaN).
+        z_loss: coefficient of lse^2, which keeps the logits from drifting (PaLM, arXiv:2204.02311).
+        token_weight: [...] like target, any real numbers (advantages may be negative), a constant.
+        denominator: what "mean" divides by, a number or a 0-d tensor (never read on the host), a constant: the number of
+            tokens of a whole accumulated batch, say.
+        weight_grad_dtype: dtype in which linear_weight's gradient is summed over chunks: None for fp32, or torch.bfloat16 (for
+            bf16 products), which takes 2 V D bytes less and rounds at every chunk. It is returned in linear_weight's dtype.
+        logits_bytes: budget of the one logits buffer; None: 512 MiB on a GPU, 64 MiB on the CPU. At least a row is held.
+        group: a torch.distributed ProcessGroup over which the vocabulary is divided: linear_weight, linear_bias and weight are
+            then this rank's rows, contiguous blocks in rank order, input and target whole on every rank. See below.
         backend: "auto", "reference", "torch" or "triton".
 
     Returns:
-        The loss in fp32 (fp64 for fp64 hidden): 0-d, or target's shape for "none".
+        The loss in fp32 (fp64 for fp64 input): 0-d, or target's shape for "none".
 
     Under autocast the products are in autocast's dtype and the loss stays fp32. For "mean" and "sum" the forward computes the
-    gradients too, if any is required (three products in all), and the backward scales them; "none" recomputes the logits in
-    the backward (four products). The weight's gradient is summed over chunks in fp32 and returned in weight's dtype. No host
-    sync: values of targets are checked on the CPU only; elsewhere a target outside [0, V) gives a NaN loss. Deterministic.
+    gradients too, if any is required (three products in all), token weights and denominator folded in; the backward scales
+    them in place and hands them over. A further backward over the same graph (retain_graph) makes them anew, to the same bits.
+    "none" recomputes the logits in the backward (four products). No host sync: values of targets are checked on the CPU only;
+    elsewhere a target outside [0, V) gives a NaN loss. Deterministic.
+
+    Memory at its peak, beyond inputs: logits buffer, input's gradient, and linear_weight's once, in the dtype of its sum. A sum
+    in fp32 is rounded to a 16-bit weight within its own storage, so that gradient keeps the sum's memory; a sum of one chunk
+    only has the weight's dtype from the start. Under torch.compile and DTensor gradients and their scaled copies coexist. On
+    the CPU up to two million logits are left to torch's own calls, which hold them all.
+
+    Over a group: every rank gets the whole loss, input's whole gradient and those of its own rows. Per chunk two all-reduces of
+    row statistics, one more of input's gradient. Reference: gather the weights. Not for torch.compile, DTensor or derivatives
+    of second order.
 
     Raises:
-        ValueError: shapes that do not fit, a target out of range (CPU), an unknown reduction or a number out of range, an
-            unknown or unsupported backend. TypeError: hidden or weight not floating point, target not int64.
+        ValueError: shapes that do not fit, a target out of range (CPU), an unknown reduction or a number out of range, a
+            constant that requires grad, a denominator without "mean", an unknown or unsupported backend. TypeError: input or
+            linear_weight not floating point, target not int64.
 
-    Backends: triton (compute capability >= 8.0), torch (the CPU default), reference (holds all logits). Memory beyond inputs
-    and gradients: 512 MiB of logits on a GPU, 64 MiB on the CPU (where torch does up to a million logits by its own means).
-    Papers: Liger Kernel, arXiv:2410.10989; label smoothing,
-    arXiv:1512.00567.
+    Backends: triton (compute capability >= 8.0), torch (the CPU default), reference (holds all logits).
+    Papers: Liger Kernel, arXiv:2410.10989; label smoothing, arXiv:1512.00567; vocabulary-parallel loss, arXiv:1909.08053.
     """
-    _check(hidden, weight, target, bias, ignore_index, label_smoothing, z_loss, softcap, reduction)
-    if reduction == "mean" and type(hidden).__name__ == "DTensor":
-        options = {
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "softcap": softcap,
-        }
-        total = linear_cross_entropy(hidden, weight, target, bias=bias, reduction="sum", backend=backend, **options)
-        return total / (target != ignore_index).sum().clamp(min=1)
-    dtype = autocast_dtype(hidden)
-    if dtype is not None and hidden.dtype != torch.float64:
-        hidden = hidden.to(dtype)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    _check(input, linear_weight, target, linear_bias, weight, token_weight, denominator, reduction, label_smoothing,
+           z_loss, weight_grad_dtype)  # fmt: skip
+    checks.check_logits("linear_cross_entropy", scale, softcap, logits_bytes)
+    dtype = autocast_dtype(input)
+    if dtype is not None and input.dtype != torch.float64:
+        input = input.to(dtype)
+    narrow = weight_grad_dtype == torch.bfloat16
+    if narrow and input.dtype != torch.bfloat16:
+        raise ValueError(
+            f"linear_cross_entropy: weight_grad_dtype=bfloat16 needs products in bfloat16, got {input.dtype} input"
+        )
     options = (
         ignore_index,
         float(label_smoothing),
         float(z_loss),
+        float(scale),
         None if softcap is None else float(softcap),
-        reduction,
     )
-    backend = OP.choose(backend, hidden, weight, bias, target)
+    if group is not None:
+        from fastlm.ops import vocab_parallel
+
+        return vocab_parallel.linear_cross_entropy(
+            input, linear_weight, linear_bias, target, token_weight, weight, denominator, *options, reduction, narrow,
+            logits_bytes, group, backend,
+        )  # fmt: skip
+    checks.check_target_values("linear_cross_entropy", target, linear_weight.shape[0], ignore_index)
+    backend = OP.choose(backend, input, linear_weight, linear_bias, target)
+    if reduction == "mean":
+        denominator = checks.mean_denominator(denominator, input, target, weight, ignore_index)
+    tensors = (input, linear_weight, linear_bias, target, token_weight, weight, denominator)
     if backend in OP.plain_forms:
-        return OP.plain(backend, hidden, weight, bias, target, *options)
+        return OP.plain(backend, *tensors, *options, reduction)
     on_cpu = type(target) is Tensor and target.device.type == "cpu"
-    few = target.numel() * weight.shape[0] <= _SMALL and not z_loss and softcap is None
+    few = target.numel() * linear_weight.shape[0] <= _SMALL and not z_loss and softcap is None
     if backend == "torch" and on_cpu and few:
-        return _small(hidden, weight, bias, target, ignore_index, label_smoothing, reduction)
+        return _small(*tensors, ignore_index, label_smoothing, options[3], reduction)
     grad = torch.is_grad_enabled()
-    need = (grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    return OP.forward(hidden, weight, bias, target, *options, *need, backend)[0]
+    need = [grad and t is not None and t.requires_grad for t in tensors[:3]]
+    options = (*options, reduction, narrow, logits_bytes, *need, backend)
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
+    if plain and any(need) and reduction != "none" and not torch.compiler.is_compiling():
+        return _InPlace.apply(*tensors, *options)
+    return OP.forward(*tensors, *options)[0]
 
 
-def _check(hidden, weight, target, bias, ignore_index, label_smoothing, z_loss, softcap, reduction):
+def _check(input, linear_weight, target, linear_bias, weight, token_weight, denominator, reduction, label_smoothing, z_loss,
+           weight_grad_dtype):  # fmt: skip
     name = "linear_cross_entropy"
-    for what, t in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if t is not None and not t.is_floating_point():
-            raise TypeError(f"{name}: {what} must be floating point, got {t.dtype}")
-    if target.dtype != torch.int64:
-        raise TypeError(f"{name}: target must be int64 class numbers, got {target.dtype}")
-    if weight.ndim != 2 or weight.shape[0] == 0:
-        raise ValueError(f"{name}: weight must be [V, D] with at least one class, got {list(weight.shape)}")
-    if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{name}: hidden must be [..., {weight.shape[1]}] like weight's rows, got {list(hidden.shape)}"
-        )
-    if target.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"{name}: target must be {list(hidden.shape[:-1])} like hidden's rows, got {list(target.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{name}: bias must be [{weight.shape[0]}] like weight's rows, got {list(bias.shape)}")
+    checks.check_linear(name, input, linear_weight, linear_bias, target)
+    checks.check_constant(name, "weight", weight, linear_weight.shape[:1])
+    checks.check_constant(name, "token_weight", token_weight, target.shape)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if denominator is not None:
+        if reduction != "mean":
+            raise ValueError(f"{name}: denominator is what reduction='mean' divides by, got reduction={reduction!r}")
+        if isinstance(denominator, Tensor):
+            if denominator.ndim != 0 or denominator.requires_grad:
+                raise ValueError(
+                    f"{name}: denominator must be a number or a 0-d tensor that requires no grad, got shape "
+                    f"{list(denominator.shape)}, requires_grad={denominator.requires_grad}; detach() or sum() it"
+                )
+        elif not denominator >= 0:
+            raise ValueError(f"{name}: denominator must be >= 0, got {denominator}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if not z_loss >= 0:
         raise ValueError(f"{name}: z_loss must be >= 0, got {z_loss}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{name}: softcap must be > 0 or None, got {softcap}")
-    if type(target) is Tensor and target.device.type == "cpu" and target.numel():
-        outside = target.clamp(0, weight.shape[0] - 1) != target
-        if host_values(outside.any()) and (outside & (target != ignore_index)).any():
-            raise ValueError(
-                f"{name}: target must be in [0, {weight.shape[0]}) or ignore_index={ignore_index}, "
-                f"got {target[outside & (target != ignore_index)][0].item()}"
-            )
+    if weight_grad_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"{name}: weight_grad_dtype must be None, torch.float32 or torch.bfloat16, got {weight_grad_dtype}"
+        )

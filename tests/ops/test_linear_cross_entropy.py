@@ -1,5 +1,4 @@
 import importlib.util
-import itertools
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -8,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm.kernels
 from fastlm import ops
 from fastlm.kernels import chunked_loss
-from fastlm.ops.linear_cross_entropy import OP, _scaled, _torch_rows
+from fastlm.ops.linear_cross_entropy import OP, _scaled
+from fastlm.ops.loss_rows import cross_entropy_rows
 from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, planted_bug
 
 BACKENDS = ("torch", "triton")
@@ -47,7 +46,7 @@ def _plain(hidden, weight, bias, target, label_smoothing=0.0, z_loss=0.0, softca
 def _case(reduction, **options):
     def fn(hidden, weight, bias, target, backend):
         return ops.linear_cross_entropy(
-            hidden, weight, target, bias=bias, reduction=reduction, backend=backend, **options
+            hidden, weight, target, linear_bias=bias, reduction=reduction, backend=backend, **options
         )
 
     return Case(
@@ -109,25 +108,6 @@ def test_padded_rows_as_on_a_gpu(backend, device, small_chunks, monkeypatch):
         check_accuracy(case, backend, torch.float32, device)
 
 
-def test_chunk_size_does_not_change_fp64(monkeypatch):
-    combinations = itertools.product(("mean", "sum", "none"), (0.0, 0.1), (0.0, 0.02), (None, 4.0), (False, True))
-    for reduction, smoothing, z_loss, softcap, bias in combinations:
-        *inputs, target = _args(torch.float64, "cpu", (13, 6), 37, bias)
-        inputs = [t.requires_grad_() for t in inputs]
-        results = []
-        for backend, rows in (("reference", 1), ("torch", 1000), ("torch", 1), ("torch", 5)):
-            monkeypatch.setitem(chunked_loss.LOGITS_BYTES, "cpu", rows * 37 * 8)
-            options = {"label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap, "reduction": reduction}
-            loss = ops.linear_cross_entropy(
-                *inputs[:2], target, bias=inputs[2] if bias else None, backend=backend, **options
-            )
-            results.append([loss, *torch.autograd.grad(loss.square().sum(), inputs)])
-        for other in results[1:]:
-            torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-13)
-        plain = _plain(*inputs[:2], inputs[2] if bias else None, target, **options)
-        torch.testing.assert_close(results[0][0], plain, rtol=1e-12, atol=1e-13)
-
-
 @pytest.mark.parametrize(
     "n, vocabulary, itemsize", [(1, 7, 4), (10_000, 128_256, 2), (1000, 50_257, 4), (5, 1 << 30, 4)]
 )
@@ -169,10 +149,40 @@ def test_classes_that_are_masked_out(backend, device):
 def test_nothing_but_ignored_rows(backend, reduction, device):
     hidden, weight, bias, target = _args(torch.float32, device)
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
-    loss = ops.linear_cross_entropy(hidden, weight, target.fill_(3), bias=bias, ignore_index=3, reduction=reduction,
+    loss = ops.linear_cross_entropy(hidden, weight, target.fill_(3), linear_bias=bias, ignore_index=3, reduction=reduction,
                                     backend=backend, **ALL)  # fmt: skip
     assert (loss == 0).all() and loss.dtype == torch.float32
     assert all((g == 0).all() for g in torch.autograd.grad(loss.sum(), inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_handed_over_and_made_anew(backend, dtype, device, small_chunks, monkeypatch):
+    """The first backward returns the forward's buffers, scaled where they are; a later one the same bits in new ones."""
+    hidden, weight, bias, target = _args(dtype, device)
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+    losses = []
+    call = lambda: losses.append(ops.linear_cross_entropy(hidden, weight, target, linear_bias=bias, backend=backend))  # noqa: E731
+    buffers = _forward_outputs(monkeypatch, call)[1:4]
+    first, second, third = (torch.autograd.grad(losses[0] * 3, inputs, retain_graph=True) for _ in range(3))
+    for buffer, a, b, c in zip(buffers, first, second, third):
+        assert a.data_ptr() == buffer.data_ptr() and torch.equal(a, b) and torch.equal(a, c)
+        assert len({a.data_ptr(), b.data_ptr(), c.data_ptr()}) == 3
+    plain = torch.compile(lambda *a: MEAN.fn(*a, backend=backend), backend="aot_eager")  # new, scaled copies
+    for a, b in zip(first, torch.autograd.grad(plain(hidden, weight, bias, target) * 3, inputs)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dispatcher_with_every_tensor(backend, device):
+    """opcheck of both entries as torch.compile uses them, all optional tensors given."""
+    hidden, weight, bias, target = _args(torch.float32, device, (2, 3, 8), 21)
+    constants = torch.rand(2, 3, device=device), torch.rand(21, device=device), torch.tensor(4.0, device=device)
+    tensors = hidden, weight, bias, target, *constants
+    options = (-100, 0.1, 0.1, 0.5, 3.0, "mean", False, 4 * 21 * 4, True, True, True, backend)
+    loss, *saved = OP.forward(*tensors, *options)
+    torch.library.opcheck(OP.forward, (*(t.requires_grad_() for t in tensors[:3]), *tensors[3:], *options))
+    torch.library.opcheck(OP.backward, (loss.detach(), *(t.detach() for t in tensors), *saved, *options))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -206,20 +216,17 @@ def test_weight_in_another_dtype(backend, device):
         torch.testing.assert_close(loss, plain, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_small_problems_are_left_to_torch(dtype, monkeypatch):
+def test_what_is_left_to_torch(monkeypatch):
     monkeypatch.setattr(sys.modules["fastlm.ops.linear_cross_entropy"], "_SMALL", 8 * 300)
     monkeypatch.setattr(OP, "forward", None)
-    for reduction in ("mean", "sum", "none"):
-        case = _case(reduction, label_smoothing=0.1)
-        check_accuracy(case, "torch", dtype, "cpu")
-        args = _args(dtype, "cpu")
-        assert case.fn(*args, backend="auto").dtype == torch.float32
-        assert (case.fn(*args[:3], torch.full_like(args[3], -100), backend="auto") == 0).all()
+    monkeypatch.setattr(OP, "below", None)
+    args = _args(torch.bfloat16, "cpu")
+    assert MEAN.fn(*args, backend="auto").dtype == torch.float32
+    assert (MEAN.fn(*args[:3], torch.full_like(args[3], -100), backend="auto") == 0).all()
     with torch.autocast("cpu", torch.bfloat16):
         assert MEAN.fn(*_args(torch.float32, "cpu"), backend="auto").dtype == torch.float32
     with pytest.raises(TypeError, match="not callable"):
-        NONE.fn(*_args(dtype, "cpu"), backend="auto")
+        NONE.fn(*args, backend="auto")
 
 
 def _forward_outputs(monkeypatch, fn):
@@ -238,7 +245,7 @@ def test_only_needed_gradients_are_computed(backend, device, monkeypatch):
     def sizes(grad_of):
         for t in (hidden, weight, bias):
             t.requires_grad_(any(t is g for g in grad_of))
-        fn = lambda: ops.linear_cross_entropy(hidden, weight, target, bias=bias, backend=backend)  # noqa: E731
+        fn = lambda: ops.linear_cross_entropy(hidden, weight, target, linear_bias=bias, backend=backend)  # noqa: E731
         if grad_of:
             fn().backward()
         return [t.numel() for t in _forward_outputs(monkeypatch, fn)[1:4]]
@@ -251,39 +258,14 @@ def test_only_needed_gradients_are_computed(backend, device, monkeypatch):
         assert sizes([]) == [0, 0, 0]
 
 
-class _Largest(TorchDispatchMode):
-    """The largest result of any torch call within the block."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            self.elements = max(self.elements, t.numel() if isinstance(t, torch.Tensor) else 0)
-        return out
-
-
-def test_logits_are_never_whole(monkeypatch):
-    hidden, weight, target = _args(torch.float32, "cpu", (64, 4), 500, bias=False)
-    monkeypatch.setitem(chunked_loss.LOGITS_BYTES, "cpu", 8 * 500 * 4)
-    for reduction in ("mean", "none"):
-        with _Largest() as largest:
-            options = (-100, 0.1, 0.1, None, reduction, True, True, False)
-            loss, *saved = chunked_loss.forward(_torch_rows, hidden, weight, None, target, *options)
-            chunked_loss.backward(
-                _torch_rows, _scaled, torch.ones_like(loss), hidden, weight, None, target, *saved, *options
-            )
-        assert largest.elements == 8 * 500
-
-
 def test_a_target_out_of_range(device):
     hidden, weight, target = _args(torch.float32, device, (2, 3, 8), 11, bias=False)
     for wrong in (11, -1):
         target[1, 2] = wrong
         # Where values cannot be read the memory is safe and the loss NaN.
         for backend in BACKENDS:
-            options = (-100, 0.0, 0.0, None, "none", True, True, False, backend)
-            loss = OP.forward(hidden, weight, None, target, *options)[0]
+            options = (-100, 0.0, 0.0, 1.0, None, "none", False, None, True, True, False, backend)
+            loss = OP.forward(hidden, weight, None, target, None, None, None, *options)[0]
             assert loss[1, 2].isnan() and loss.isnan().sum() == 1
     with pytest.raises(ValueError, match=r"target must be in \[0, 11\) or ignore_index=-100, got -1"):
         ops.linear_cross_entropy(hidden.cpu(), weight.cpu(), target.cpu())
@@ -301,8 +283,8 @@ def planted_in_loop(old, new):
     exec(source.replace(old, new), module.__dict__)
     module.LOGITS_BYTES = chunked_loss.LOGITS_BYTES
     before = dict(OP._loaded)
-    OP._loaded["torch", 0] = partial(module.forward, _torch_rows)
-    OP._loaded["torch", 1] = partial(module.backward, _torch_rows, _scaled)
+    OP._loaded["torch", 0] = partial(module.forward, cross_entropy_rows)
+    OP._loaded["torch", 1] = partial(module.backward, cross_entropy_rows, _scaled)
     try:
         yield
     finally:
@@ -318,37 +300,37 @@ def _check_all(backend, device):
 
 
 @pytest.mark.parametrize(
-    "old, new",
+    "file, old, new",
     [
-        ("new_peak = tl.maximum(peak, tl.max(x, 0))", "new_peak = tl.maximum(peak, 0.0)"),  # maximum not subtracted
-        ("x = tl.where(mask, x, float(\"-inf\"))", "x = tl.where(mask, x, 0.0)"),  # wrong mask in the tail
-        ("live = target != ignore_index", "live = target != ignore_index - 1"),  # ignored rows counted
-        ("    if full < V:\n        peak", "    if full < V - BLOCK_V:\n        peak"),  # tail of the vocabulary not read
-        ("        if full < V:\n            _write", "        if full < V - BLOCK_V:\n            _write"),  # nor written
-        ("g *= 1.0 - (x / softcap) * (x / softcap)", "g *= 1.0"),
-        ("tl.where(col == target, on, off)", "tl.where(col == target, on, 0.0)"),
-        ("g += pull * p", "g += 0.0"),
-        ("tl.load(scale_ptr + row).to(tl.float32) if HAS_SCALE else 1.0", "1.0"),
+        ("loss_rows", "new_peak = tl.maximum(peak, tl.max(x, 0))", "new_peak = tl.maximum(peak, 0.0)"),  # not subtracted
+        ("loss_rows", "x = tl.where(mask, x, float(\"-inf\"))", "x = tl.where(mask, x, 0.0)"),  # wrong mask in the tail
+        ("loss_rows", "gradient *= 1.0 - (x / softcap) * (x / softcap)", "gradient *= 1.0"),
+        (None, "live = target != ignore_index", "live = target != ignore_index - 1"),  # ignored rows counted
+        (None, "    if full < V:\n        peak", "    if full < V - BLOCK_V:\n        peak"),  # tail of the vocabulary not read
+        (None, "        if full < V:\n            _write", "        if full < V - BLOCK_V:\n            _write"),  # nor written
+        (None, "spread * (weight_sum * p - w)", "spread * weight_sum * p"),
+        (None, "g += pull * p", "g += 0.0"),
+        (None, "factor = tl.load(factor_ptr + row).to(tl.float32)", "factor = 1.0"),
     ],
-    ids=["maximum", "mask", "ignored", "tail_read", "tail_written", "softcap", "smoothing", "z_loss", "row_scale"],
+    ids=["maximum", "mask", "softcap", "ignored", "tail_read", "tail_written", "smoothing", "z_loss", "row_scale"],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_planted_bug_is_seen(old, new, device):
-    with planted_bug("linear_cross_entropy", old, new), pytest.raises(AssertionError):
+def test_planted_bug_is_seen(file, old, new, device):
+    with planted_bug("linear_cross_entropy", old, new, file=file), pytest.raises(AssertionError):
         _check_all("triton", device)
 
 
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("mean = 1 / (target", "mean = 0 + (target"),  # the mean not taken
-        ("(target != ignore_index).sum()", "(target == target).sum()"),  # over all rows
+        ("denominator.reciprocal()", "denominator.clone()"),
+        ("row_scale = share.expand", "row_scale = torch.ones_like(share).expand"),  # in the loss, not in its gradient
         ("dlogits.t(), h, start == 0", "dlogits.t(), h, True"),  # only the last chunk counts
         ("add_product(self.dw, dlogits.t(), h, start == 0)", "add_product(self.dw, dlogits.t(), h, False)"),
         ("self.db += ", "self.db = "),
-        ("here = slice(start, min(start + step, n))", "here = slice(start, min(start + step, n - 1))"),  # the last row
+        ("min(start + self.step, n)", "min(start + self.step, n - 1)"),  # the last row
     ],
-    ids=["no_mean", "all_rows", "last_chunk", "uninitialised", "bias", "tail"],
+    ids=["no_mean", "no_gradient_of_mean", "last_chunk", "uninitialised", "bias", "tail"],
 )
 def test_planted_bug_in_the_loop_is_seen(old, new, small_chunks):
     with planted_in_loop(old, new), pytest.raises(AssertionError):
@@ -359,7 +341,8 @@ def test_planted_bug_in_the_loop_is_seen(old, new, small_chunks):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_write_outside_a_tensor_is_seen(device):
     # Only under guard bands: without them this bug corrupts the process.
-    bug = planted_bug("linear_cross_entropy", "full + col < V, target", "full + col < V + 8, target")
+    old, new = "_write_tile(z_ptr, tail, tail < stride_z", "_write_tile(z_ptr, tail, tail < stride_z + 8"
+    bug = planted_bug("linear_cross_entropy", old, new)
     with bug, pytest.raises(AssertionError, match="wrote outside"):
         check_guards(MEAN, "triton", device)
 
@@ -369,16 +352,27 @@ def test_explain_and_errors():
     call = partial(ops.linear_cross_entropy, hidden, weight, target)
     assert ops.explain(call.func, *call.args).backend == "torch"
     fails = lambda error, message, *args, **kw: _fails(error, "linear_cross_entropy: " + message, args, **kw)  # noqa: E731
-    fails(ValueError, r"hidden must be \[..., 8\]", hidden[..., :7], weight, target)
-    fails(ValueError, r"target must be \[2, 3\] like hidden's rows, got \[3\]", hidden, weight, target[0])
-    fails(ValueError, r"bias must be \[11\]", hidden, weight, target, bias=bias[:4])
-    fails(ValueError, r"weight must be \[V, D\]", hidden, weight[0], target)
+    fails(ValueError, r"input must be \[..., 8\]", hidden[..., :7], weight, target)
+    fails(ValueError, r"target must be \[2, 3\] like input's rows, got \[3\]", hidden, weight, target[0])
+    fails(ValueError, r"linear_bias must be \[11\]", hidden, weight, target, linear_bias=bias[:4])
+    fails(ValueError, r"linear_weight must be \[V, D\]", hidden, weight[0], target)
     fails(TypeError, "target must be int64", hidden, weight, target.int())
-    fails(TypeError, "weight must be floating point", hidden, weight.long(), target)
+    fails(TypeError, "linear_weight must be floating point", hidden, weight.long(), target)
     fails(ValueError, "reduction must be 'mean', 'sum' or 'none', got 'avg'", hidden, weight, target, reduction="avg")
     fails(ValueError, r"label_smoothing must be in \[0, 1\]", hidden, weight, target, label_smoothing=1.5)
     fails(ValueError, "z_loss must be >= 0", hidden, weight, target, z_loss=-1.0)
     fails(ValueError, "softcap must be > 0", hidden, weight, target, softcap=0.0)
+    fails(TypeError, "scale must be a number", hidden, weight, target, scale=torch.ones(()))
+    fails(ValueError, "logits_bytes must be > 0", hidden, weight, target, logits_bytes=0)
+    fails(ValueError, r"weight must be \[11\], got \[8\]", hidden, weight, target, weight=weight[0])
+    fails(ValueError, r"token_weight must be \[2, 3\]", hidden, weight, target, token_weight=bias)
+    fails(TypeError, "token_weight must be floating point", hidden, weight, target, token_weight=target)
+    fails(ValueError, r"weight is a constant .* detach\(\)", hidden, weight, target, weight=bias.requires_grad_())
+    fails(ValueError, "denominator is what reduction='mean'", hidden, weight, target, reduction="sum", denominator=3)
+    fails(ValueError, "denominator must be a number or a 0-d tensor", hidden, weight, target, denominator=bias)
+    fails(ValueError, "denominator must be >= 0", hidden, weight, target, denominator=-1)
+    fails(ValueError, "weight_grad_dtype must be None", hidden, weight, target, weight_grad_dtype=torch.float16)
+    fails(ValueError, "weight_grad_dtype=bfloat16 needs", hidden, weight, target, weight_grad_dtype=torch.bfloat16)
     fails(ValueError, r"target must be in \[0, 11\) or ignore_index=-100, got 11", hidden, weight, target.fill_(11))
     fails(ValueError, "backend must be 'auto' or one of", hidden, weight, target.fill_(0), backend="cut")
     fails(ValueError, ".*got float64", hidden.double(), weight, target, backend="triton")

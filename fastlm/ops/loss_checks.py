@@ -1,0 +1,78 @@
+"""Argument checks shared by the losses on top of a linear layer, each raising TypeError or ValueError in the op's name, and what
+a mean divides by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm.ops._op import compute_dtype, host_values
+
+
+def check_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
+    """input [..., D], weight [V, D], bias [V] or None, all floating point, and target [...] int64."""
+    for what, t in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+        if t is not None and not t.is_floating_point():
+            raise TypeError(f"{op}: {what} must be floating point, got {t.dtype}")
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"{op}: target must be int64 class numbers, got {target.dtype}; targets of probabilities: kl_div"
+        )
+    if weight.ndim != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{op}: linear_weight must be [V, D] with at least one class, got {list(weight.shape)}")
+    if input.ndim == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: input must be [..., {weight.shape[1]}] like linear_weight's rows, got {list(input.shape)}"
+        )
+    if target.shape != input.shape[:-1]:
+        raise ValueError(f"{op}: target must be {list(input.shape[:-1])} like input's rows, got {list(target.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{op}: linear_bias must be [{weight.shape[0]}] like linear_weight's rows, got {list(bias.shape)}"
+        )
+
+
+def check_logits(op: str, scale: float, softcap: float | None, logits_bytes: int | None) -> None:
+    """The options of every op that makes logits."""
+    if isinstance(scale, Tensor):
+        raise TypeError(f"{op}: scale must be a number, got a tensor; multiply input by it instead")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be > 0 or None, got {softcap}")
+    if logits_bytes is not None and not logits_bytes > 0:
+        raise ValueError(f"{op}: logits_bytes must be > 0 or None, got {logits_bytes}")
+
+
+def check_constant(op: str, what: str, t: Tensor | None, shape) -> None:
+    """A floating point tensor of this shape, or None, which gets no gradient."""
+    if t is None:
+        return
+    if not t.is_floating_point():
+        raise TypeError(f"{op}: {what} must be floating point, got {t.dtype}")
+    if t.shape != shape:
+        raise ValueError(f"{op}: {what} must be {list(shape)}, got {list(t.shape)}")
+    if t.requires_grad:
+        raise ValueError(f"{op}: {what} is a constant and gets no gradient, got one that requires grad; detach() it")
+
+
+def check_target_values(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """Every target in [0, classes) or ignored, where reading them is free (CPU)."""
+    if type(target) is not Tensor or target.device.type != "cpu" or not target.numel():
+        return
+    outside = target.clamp(0, classes - 1) != target
+    if host_values(outside.any()) and (outside & (target != ignore_index)).any():
+        raise ValueError(
+            f"{op}: target must be in [0, {classes}) or ignore_index={ignore_index}, "
+            f"got {target[outside & (target != ignore_index)][0].item()}"
+        )
+
+
+def mean_denominator(denominator, input, target, weight, ignore_index):
+    """What the mean divides by, a 0-d tensor on input's device."""
+    if isinstance(denominator, Tensor):
+        return denominator.to(input.device, non_blocking=True)
+    if denominator is not None:
+        return torch.full((), denominator, dtype=compute_dtype(input), device=input.device)
+    live = target != ignore_index
+    if weight is None:
+        return live.sum()
+    return weight.to(compute_dtype(input))[target.clamp(0, weight.shape[0] - 1)].where(live, 0).sum()
