@@ -146,6 +146,9 @@ class Row:
     samples: int = 0
     gbps: float | None = None
     tflops: float | None = None
+    share: float | None = (
+        None  # of the machine's own rate: a large product's in this dtype, or a copy's (benchmarks/peaks.py)
+    )
     speedup: float | None = None  # over the plain provider of the same cell
     host_us: float | None = None  # time for the host to queue the call (GPU only)
     peak_mb: float | None = None  # device memory the call needs beyond its arguments (GPU only)

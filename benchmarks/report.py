@@ -122,7 +122,9 @@ class Lines:
 def table(rows: list[Row]) -> str:
     """The rows of one op as aligned text, a block per (size, dtype, mode), the reasons for missing times at the end."""
     rate = "TFLOP/s" if any(r.tflops is not None for r in rows) else "GB/s"
-    lines = [f"{'provider':16} {'ms':>10} {'quartiles':>21} {rate:>9} {'x plain':>8}  {'host us':>8} {'peak MiB':>9}"]
+    lines = [
+        f"{'provider':16} {'ms':>10} {'quartiles':>21} {rate:>9} {'of peak':>7} {'x plain':>8}  {'host us':>8} {'peak MiB':>9}"
+    ]
     cell = None
     for r in rows:
         if r.ms is None:
@@ -132,7 +134,8 @@ def table(rows: list[Row]) -> str:
             lines.append(f"-- {r.op} {size_text(r.size)} {r.dtype} {r.mode}")
         value = r.tflops if rate == "TFLOP/s" else r.gbps
         lines.append(
-            f"{r.provider:16} {r.ms:10.4f} {f'{r.q1:.4f} - {r.q3:.4f}':>21} {_number(value, 9)} {_number(r.speedup, 8)}"
+            f"{r.provider:16} {r.ms:10.4f} {f'{r.q1:.4f} - {r.q3:.4f}':>21} {_number(value, 9)} {_percent(r.share)}"
+            f" {_number(r.speedup, 8)}"
             f"  {_number(r.host_us, 8)} {_number(r.peak_mb, 9)}"
         )
     reasons: dict[tuple, list[str]] = {}
@@ -157,20 +160,26 @@ def _number(value: float | None, width: int) -> str:
     return f"{value:{width}.3f}" if value < 10 else f"{value:{width}.1f}"
 
 
+def _percent(value: float | None) -> str:
+    return f"{'-':>7}" if value is None else f"{value:7.0%}"
+
+
 def short_table(path: Path) -> str:
     """One line per cell of a JSON lines file: our fastest provider beside plain torch and torch.compile."""
     cells: dict[tuple, dict[str, float]] = {}
     reasons: dict[tuple, int] = {}
+    shares: dict[tuple, float | None] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         if entry["kind"] == "time":
             key = (entry["op"], size_text(entry["size"]), entry["dtype"], entry["mode"])
             cells.setdefault(key, {})[entry["provider"]] = entry["ms"]
+            shares[(*key, entry["provider"])] = entry.get("share")
         elif entry["kind"] == "no time" and not entry["reason"].startswith("missing"):
             key = (entry["op"], entry["provider"], entry["reason"][:90])
             reasons[key] = reasons.get(key, 0) + 1
     lines = [
-        f"{'op and size':52} {'dtype':9} {'mode':8} {'ours ms':>9} {'provider':14} {'x torch':>8} {'x compile':>9}"
+        f"{'op and size':52} {'dtype':9} {'mode':8} {'ours ms':>9} {'provider':14} {'of peak':>7} {'x torch':>8} {'x compile':>9}"
     ]
     for (op, size, dtype, mode), times in cells.items():
         if mode == "both" and (op, size, dtype, "backward") in cells:
@@ -181,7 +190,8 @@ def short_table(path: Path) -> str:
         best = min(own, key=own.get)
         ratios = [times[name] / own[best] if name in times else None for name in ("torch", "torch.compile")]
         lines.append(
-            f"{f'{op} {size}':52} {dtype:9} {mode:8} {own[best]:9.4f} {best:14} {_number(ratios[0], 8)} {_number(ratios[1], 9)}"
+            f"{f'{op} {size}':52} {dtype:9} {mode:8} {own[best]:9.4f} {best:14} {_percent(shares[op, size, dtype, mode, best])}"
+            f" {_number(ratios[0], 8)} {_number(ratios[1], 9)}"
         )
     lines += [f"no time: {' '.join(key)} ({count} times)" for key, count in reasons.items()]
     return "\n".join(lines)

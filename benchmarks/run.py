@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Bench, Row, measure
+from benchmarks.peaks import peaks, set_shares
 from benchmarks.report import Lines, machine, size_text, table
 
 SECONDS = {"tiny": 0.01, "quick": 0.3, "full": 1.0}  # per size, dtype and mode
@@ -36,15 +37,21 @@ def benches(stem: str) -> list[Bench]:
 
 
 def run_op(
-    stem: str, suite: str, device: str, lines: Lines, wanted: Callable[[str], bool] = lambda provider: True
+    stem: str,
+    suite: str,
+    device: str,
+    lines: Lines,
+    rates: dict[str, float],
+    wanted: Callable[[str], bool] = lambda provider: True,
 ) -> list[Row]:
-    """Measures one op, writing lines as it goes and a progress line on stderr; returns the rows."""
+    """Measures one op, writing lines as it goes and a progress line on stderr; returns the rows. `rates` are peaks()'s."""
     rows: list[Row] = []
     for bench in benches(stem):
         for size in bench.sizes_of(suite, device):
             for dtype in bench.dtypes[device]:
                 start = time.monotonic()
                 found = measure(bench, size, dtype, device, seconds=SECONDS[suite], wanted=wanted)
+                set_shares(found, rates)
                 lines.add(found)
                 rows += found
                 took = time.monotonic() - start
@@ -66,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(ops_with_benchmarks()))
         return 0
-    header = machine(options.device)
+    rates = peaks((torch.float32, torch.bfloat16)) if options.device == "cuda" else {}
+    header = machine(options.device) | {name: round(value, 3) for name, value in rates.items()}
     print("  ".join(f"{k}: {v}" for k, v in header.items() if k != "kind"))
     lines = Lines(options.out and options.out / "ops.jsonl", header)
 
@@ -74,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         return provider not in options.skip and (not options.provider or provider in options.provider)
 
     for stem in options.op or ops_with_benchmarks():
-        print(table(run_op(stem, options.suite, options.device, lines, wanted)), "\n", flush=True)
+        print(table(run_op(stem, options.suite, options.device, lines, rates, wanted)), "\n", flush=True)
     return 0
 
 

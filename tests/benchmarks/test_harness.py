@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import clock, harness, run
-from benchmarks.harness import Bench, Provider, measure, plain
+from benchmarks.harness import Bench, Provider, Row, measure, plain
+from benchmarks.peaks import set_shares
 from benchmarks.report import Lines, machine, short_table, table
 
 
@@ -69,6 +70,15 @@ def test_a_time_has_quartiles_and_rates(rows):
             twice = 2 if r.mode == "both" else 1
             assert r.gbps == pytest.approx(twice * 2 * 8 * 40 * 4 / r.ms / 1e6)
             assert r.tflops == pytest.approx(twice * 2 * 8 * 40 / r.ms / 1e9)
+
+
+def test_shares_of_the_machine_s_own_rates():
+    cell = {"op": "toy", "provider": "torch", "size": {}, "dtype": "float32", "mode": "forward"}
+    moves, multiplies, unknown = Row(**cell, gbps=50.0), Row(**cell, gbps=5.0, tflops=30.0), Row(**cell)
+    set_shares([moves, multiplies, unknown], {"copy_gbps": 200.0, "float32_tflops": 40.0})
+    assert (moves.share, multiplies.share, unknown.share) == (0.25, 0.75, None)
+    set_shares([moves], {})
+    assert moves.share is None
 
 
 def test_table_and_lines(rows, tmp_path):
