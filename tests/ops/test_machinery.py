@@ -54,6 +54,15 @@ def test_explain_says_what_runs_and_why(data, device):
     assert pickle.loads(pickle.dumps(found)) == found
 
 
+def test_auto_passes_over_what_was_measured_slower(data, monkeypatch):
+    x, weight = data
+    default = explain(ops.rms_norm, x, weight).backend
+    monkeypatch.setattr(OP, "_slower", lambda backend, *tensors: "slow here" if backend == default else None)
+    found = explain(ops.rms_norm, x, weight)
+    assert found.backend != default and found.reasons[default] == "slow here"
+    assert explain(ops.rms_norm, x, weight, backend=default).backend == default  # a named one does not ask
+
+
 def test_explain_computes_nothing_and_raises_what_the_call_would(data, launches):
     x, weight = data
     assert explain(ops.rms_norm, x, weight, backend="triton").backend == "triton" and launches == []
