@@ -91,18 +91,23 @@ class _RMS(torch.autograd.Function):
         need = ctx.needs_input_grad
         normed = x.to(rstd.dtype) * rstd
         dy = dy.to(rstd.dtype)
-        dbias = dy.flatten(0, -2).sum(0).to(bias.dtype) if bias is not None and need[2] else None
+        dbias = _over_rows(dy).to(bias.dtype) if bias is not None and need[2] else None
         if weight is None:
             dweight, dot = None, torch.linalg.vecdot(dy, normed)
         else:
             product = dy * normed
-            dweight = product.flatten(0, -2).sum(0).to(weight.dtype) if need[1] else None
+            dweight = _over_rows(product).to(weight.dtype) if need[1] else None
             weight = weight.to(rstd.dtype)
             weight = weight + ctx.weight_offset if ctx.weight_offset else weight
             dot = product @ weight
         dx = normed.mul_(dot.div_(-max(x.shape[-1], 1)).unsqueeze(-1))
         dx = dx.add_(dy) if weight is None else dx.addcmul_(dy, weight)
         return dx.mul_(rstd).to(x.dtype), dweight, dbias, None, None, None
+
+
+def _over_rows(x):
+    """The sum of all rows of x."""
+    return x if x.ndim == 1 else x.flatten(0, -2).sum(0)
 
 
 def layer(x, weight, bias, eps, weight_offset, rounding):
