@@ -36,16 +36,16 @@ def at_two_strides(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
     """x [..., N] with unit stride along N, and (inner, outer stride, inner stride): row r of its rows, counted through,
     begins at (r // inner) * outer + (r % inner) * inner_stride. Heads of one fused product are so read where they lie;
     what lies at more than two strides, or not along N, is copied."""
-    groups = _row_groups(x)
+    groups = row_groups(x)
     if len(groups) > 2 or not (x.stride(-1) == 1 or x.shape[-1] == 1):
         x = x.contiguous()
-        groups = _row_groups(x)
+        groups = row_groups(x)
     if len(groups) == 2:
         return x, groups[1][0], groups[0][1], groups[1][1]
     return x, 1, groups[0][1] if groups else x.shape[-1], 0
 
 
-def _row_groups(x: torch.Tensor) -> list[tuple[int, int]]:
+def row_groups(x: torch.Tensor) -> list[tuple[int, int]]:
     """(count, stride) of the leading dimensions of x, outermost first, neighbours that lie in one run taken together."""
     groups: list[tuple[int, int]] = []
     for count, stride in zip(x.shape[:-1], x.stride()[:-1]):

@@ -15,6 +15,7 @@ from fastlm.ops.lora_linear import lora_linear
 from fastlm.ops.mlp import gated_mlp, mlp
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import rotary
+from fastlm.ops.softmax import softmax
 
 __all__ = [
     "BlockMask",
@@ -36,5 +37,6 @@ __all__ = [
     "received_attention",
     "rms_norm",
     "rotary",
+    "softmax",
     "use_backend",
 ]

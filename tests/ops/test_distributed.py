@@ -51,6 +51,7 @@ def _failures(results, start):
     [
         "rms_norm",
         "layer_norm",
+        "softmax",
         "activation",
         "glu",
         "mlp",

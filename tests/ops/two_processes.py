@@ -42,6 +42,17 @@ def _cases() -> dict:
         "layer_norm without bias": (ops.layer_norm, (x, w), "b."),
         "layer_norm without weight": (lambda x, b: ops.layer_norm(x, None, b), (x, b), "b."),
         "layer_norm with residual": (lambda x, w, b, r: ops.layer_norm(x, w, b, residual=r), (x, w, b, r), "b..b"),
+        "rms_norm with bias and fp32 stream": (
+            lambda x, w, b, r: ops.rms_norm(x.half(), w, bias=b, residual=r, weight_offset=1.0),
+            (x, w, b, r),
+            "b..b",
+        ),
+        "softmax": (lambda x: ops.softmax(x, scale=0.5), (x,), "b"),
+        "softmax with masks": (
+            lambda x, m, a: ops.softmax(ops.softmax(x, mask=m), mask=a),
+            (x, torch.rand(B, 1, N) > 0.3, torch.randn(S, N)),
+            "bb-",
+        ),
         "activation": (lambda x: ops.activation(x, "gelu_tanh"), (x,), "b"),
         "glu": (lambda g, u: ops.glu(g, u, "silu"), (x, r), "bb"),
         "mlp": (ops.mlp, (x, up, down), "b.."),

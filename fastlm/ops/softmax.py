@@ -1,0 +1,172 @@
+"""softmax of scaled and masked scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm.ops._op import Op, compute_dtype
+
+_WIDEST = 262144
+
+
+def _reference(x, mask, scale):
+    dtype = compute_dtype(x)
+    s = x.to(dtype) * scale
+    if mask is None:
+        return torch.softmax(s, -1).to(x.dtype)
+    s = s.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else s + mask.to(dtype)
+    dead = (s == float("-inf")).all(-1, keepdim=True)
+    return torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0).to(x.dtype)
+
+
+class _Scores(torch.autograd.Function):
+    """scale * x + mask in one buffer. What the mask hides gets no gradient from softmax as it is: y is 0 there."""
+
+    @staticmethod
+    def forward(ctx, x, mask, scale):
+        ctx.scale = scale
+        s = x * scale
+        return s.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else s.add_(mask)
+
+    @staticmethod
+    def backward(ctx, ds):
+        return ds if ctx.scale == 1 else ds * ctx.scale, None, None
+
+
+def _torch(x, mask, scale):
+    if mask is None:
+        return torch.softmax(x if scale == 1 else x * scale, -1)
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+        return _reference(x, mask, scale)
+    s = _Scores.apply(x, mask, scale)
+    y = torch.softmax(s, -1)
+    if not y.select(-1, 0).isnan().any():
+        return y
+    dead = (s == float("-inf")).all(-1, keepdim=True)  # a NaN may also be the user's own
+    return torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+
+
+def _supports(backend, x, mask):
+    if backend == "triton" and x.shape[-1] > _WIDEST:
+        return f"its rows are at most {_WIDEST} wide, got {x.shape[-1]}"
+    return None
+
+
+OP = Op(
+    "softmax",
+    "(Tensor x, Tensor? mask, float scale, str backend) -> Tensor",
+    "(Tensor dy, Tensor y, float scale, str backend) -> Tensor",
+    reference=_reference,
+    torch=_torch,
+    kernels={"triton": ("softmax:softmax_fwd", "softmax:softmax_bwd")},
+    supports=_supports,
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+)
+OP.fake(lambda x, mask, scale, backend: x.new_empty(x.shape), lambda dy, y, scale, backend: y.new_empty(y.shape))
+
+
+@OP.autograd
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mask, scale, backend):
+        y = OP.below(x, mask, scale, backend)
+        ctx.save_for_backward(y)
+        ctx.scale, ctx.backend = scale, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return OP.backward(dy, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None, None
+
+
+@OP.backward_reference
+def _backward_reference(dy, y, scale, backend):
+    wide = y.to(compute_dtype(y))
+    dy = dy.to(wide.dtype)
+    return (scale * wide * (dy - (dy * wide).sum(-1, keepdim=True))).to(y.dtype)
+
+
+def _shard_forward(x, mask, scale, backend):
+    from torch.distributed.tensor import Replicate, Shard
+
+    def rule(d):
+        if d is None:
+            return [Replicate()], [Replicate(), None if mask is None else Replicate(), None, None]
+        at = None if mask is None else d - x.ndim + mask.ndim  # the mask's own dimension, if it has one there
+        whole = mask is not None and (at < 0 or mask.shape[at] == 1)
+        return [Shard(d)], [Shard(d), None if mask is None else Replicate() if whole else Shard(at), None, None]
+
+    return [rule(None), *(rule(d) for d in range(x.ndim - 1))]
+
+
+def _shard_backward(dy, y, scale, backend):
+    from torch.distributed.tensor import Replicate, Shard
+
+    return [([place], [place, place, None, None]) for place in (Replicate(), *(Shard(d) for d in range(y.ndim - 1)))]
+
+
+OP.sharding(_shard_forward, _shard_backward)
+
+
+def _check(x, dim, mask):
+    if not x.is_floating_point():
+        raise TypeError(f"softmax: x must be floating point, got {x.dtype}")
+    if x.ndim == 0:
+        raise ValueError("softmax: x must have at least one dimension, got a scalar")
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"softmax: dim must lie in [{-x.ndim}, {x.ndim}) for x {list(x.shape)}, got {dim}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"softmax: mask must be boolean (True is kept) or floating point (added), got {mask.dtype}")
+    shape = list(x.shape)
+    if mask.ndim > x.ndim or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(shape))):
+        raise ValueError(f"softmax: mask must broadcast to x {shape}, got {list(mask.shape)}")
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("softmax: mask gets no gradient; pass mask.detach(), or add it to x for one that is learnt")
+
+
+def softmax(
+    x: Tensor,
+    dim: int = -1,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale * x + mask) over `dim`.
+
+    Args:
+        x: any shape, fp16, bf16, fp32 (any float dtype on the reference), any strides; over another dimension than the last
+            the kernels work on a copy.
+        dim: the dimension that sums to 1.
+        scale: a number.
+        mask: broadcastable to x: boolean, True where an element takes part, or floating point, added to scale * x. It is
+            read at its own size, never at x's (unless it has five dimensions or more that broadcast by turns). Gets no
+            gradient.
+        backend: "auto", "reference", "torch" or "triton".
+
+    Returns:
+        y of x's shape and dtype, computed in fp32. A row of which the mask hides everything (False, or -inf) gives 0, and
+        zero gradients. Under autocast x's dtype is kept.
+
+    Raises:
+        ValueError: dim outside x, a mask that does not broadcast to x or that requires a gradient, an unknown or unsupported
+        backend. TypeError: x is not floating point, mask is neither boolean nor floating point.
+
+    Backends: triton on compute capability >= 8.0, rows of at most 262144. Paper: Milakov and Gimelshein 2018,
+    arXiv:1805.02867.
+    """
+    _check(x, dim, mask)
+    dim = dim if dim < 0 else dim - x.ndim
+    if dim != -1:
+        if mask is not None and mask.ndim >= -dim:
+            mask = mask.movedim(dim, -1)
+        elif mask is not None:  # it says the same for every element along dim
+            mask = mask.expand(*[1] * (-dim - mask.ndim), *mask.shape).movedim(dim, -1)
+        return softmax(x.movedim(dim, -1), scale=scale, mask=mask, backend=backend).movedim(-1, dim)
+    backend = OP.choose(backend, x, mask)
+    if backend in OP.plain_forms:
+        return OP.plain(backend, x, mask, scale)
+    return OP.forward(x, mask, scale, backend)
