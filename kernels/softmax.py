@@ -17,7 +17,7 @@ from .norm_rows import row_start
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NEVER = tl.constexpr(float("-inf"))
-_WIDEST = 16384  # columns that one program keeps in registers
+_WIDEST_FWD, _WIDEST_BWD = 32768, 16384  # columns that one program keeps in registers; more would spill
 _BLOCK = 4096  # columns of a block of the looped kernels
 
 
@@ -57,7 +57,7 @@ def _shift(top, MASK: tl.constexpr):
 def _share(total, MASK: tl.constexpr):
     if MASK == 0:
         return 1.0 / total
-    return tl.where(total == 0.0, 0.0, 1.0 / total)
+    return 1.0 / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit(do_not_specialize=["M"])  # one compile, whatever the batch
@@ -173,7 +173,7 @@ def softmax_fwd(x, mask, scale):
     M, kind = x.numel() // N, 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     mask, *mask_rows = _mask_rows(mask, x)
     x, *x_rows = at_two_strides(x)
-    if _WIDEST < N:
+    if _WIDEST_FWD < N:
         _softmax_wide_fwd_kernel[(M,)](
             x, mask, y, *x_rows, *mask_rows, N, scale, MASK=kind, BLOCK_N=_BLOCK, num_warps=8
         )
@@ -193,7 +193,7 @@ def softmax_bwd(dy, y, scale):
         return dx
     M = y.numel() // N
     (dy, *dy_rows), (y, *y_rows) = at_two_strides(dy), at_two_strides(y)
-    if _WIDEST < N:
+    if _WIDEST_BWD < N:
         _softmax_wide_bwd_kernel[(M,)](dy, y, dx, *dy_rows, *y_rows, N, scale, BLOCK_N=_BLOCK, num_warps=8)
     else:
         tile = _tile(N)

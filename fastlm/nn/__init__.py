@@ -6,6 +6,7 @@ from fastlm.nn.cache import KVCache
 from fastlm.nn.multihead_attention import MultiheadAttention
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.recording import attend, record_attention
+from fastlm.nn.softmax import Softmax
 
 __all__ = [
     "Attention",
@@ -13,6 +14,7 @@ __all__ = [
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",
+    "Softmax",
     "alibi_slopes",
     "attend",
     "record_attention",

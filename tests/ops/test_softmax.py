@@ -77,7 +77,7 @@ def test_accuracy(kind, backend, dtype, device):
     check_accuracy(_case(kind), backend, dtype, device)
 
 
-@pytest.mark.parametrize("n", [1, 2, 16, 123, 1030, 17000])  # the last is looped over
+@pytest.mark.parametrize("n", [1, 2, 16, 123, 1030, 17000, 33000])  # looped over in the backward, in both directions
 @pytest.mark.parametrize("kind", ["none", "added"])
 def test_widths(n, kind, device):
     case = _case(kind, (2, 3, n))
@@ -86,12 +86,12 @@ def test_widths(n, kind, device):
 
 
 def test_large_scores_keep_their_digits(device):
-    for shape in ((5, 100), (1, 17000)):
+    for shape in ((5, 100), (1, 33000)):
         check_accuracy(_case("none", shape, middle=1000.0), "triton", torch.float32, device)
 
 
 @pytest.mark.parametrize("backend", ("reference", *BACKENDS))
-@pytest.mark.parametrize("n", [20, 17000])
+@pytest.mark.parametrize("n", [20, 33000])
 def test_hidden_rows_are_zero_and_get_no_gradient(n, backend, device):
     x = torch.randn(3, n, device=device, requires_grad=True)
     keep = torch.ones(3, n, dtype=torch.bool, device=device)
@@ -157,13 +157,13 @@ def test_sixteen_bits_under_a_mask_in_fp32(backend, device):
     "kind, shape, old, new",
     [
         ("none", SHAPE, "tl.where(live, s, _NEVER)", "s"),  # the padding counted in the sum
-        ("bool", SHAPE, "tl.where(total == 0.0, 0.0, 1.0 / total)", "1.0 / total"),  # a hidden row
+        ("bool", SHAPE, "tl.where(total == 0.0, 1.0, total)", "total"),  # a hidden row
         ("added", SHAPE, "tl.load(mask_at, mask=live, other=0.0).to(tl.float32)", "0.0"),
         ("bool", SHAPE, "(rest % middle).to(tl.int64) * stride_middle", "(rest % middle).to(tl.int64)"),
         ("column", SHAPE, "col.to(tl.int64) * stride_mn", "col"),
         ("none", SHAPE, "(dy - tl.sum(dy * y, 1)[:, None])", "dy"),
         ("none", SHAPE, "dx = scale * y", "dx = y"),
-        ("none", (2, 17000), "total * _exp(top - shift)", "total"),  # the sum not rescaled to the new maximum
+        ("none", (2, 33000), "total * _exp(top - shift)", "total"),  # the sum not rescaled to the new maximum
         ("none", (2, 17000), "dots += dy *", "dots = dy *"),
     ],
     ids=["padding", "hidden", "added", "rows", "columns", "projection", "scale", "rescaling", "dots"],
