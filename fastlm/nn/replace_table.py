@@ -1,0 +1,272 @@
+"""The modules that `replace` knows, by class name, and the forward that stands in for each class's own.
+
+A forward here is called with the module whose forward it is: it reads that module's parameters and submodules at every call,
+so that whatever wraps or replaces them later (LoRA, FSDP, quantisation) is seen, and hands anything it cannot serve to the
+class's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlm import ops
+
+
+@dataclass(frozen=True)
+class Known:
+    """How modules of one class are replaced.
+
+    Attributes:
+        by: what does the work, for the report.
+        forward: called as forward(module, known, *args, **kwargs).
+        why_not: why_not(module, known) -> why this module is left as it is, or None.
+        names: what the class calls its parts; see the forwards.
+        options: further arguments of the op.
+    """
+
+    by: str
+    forward: Callable[..., Any]
+    why_not: Callable[[nn.Module, Known], str | None]
+    names: tuple[str | None, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the module's class computes."""
+    return type(module).forward(module, *args, **kwargs)
+
+
+def bare(module: nn.Module) -> str | None:
+    """Why code around this module cannot be left out, or None: nobody listens to its calls or has changed them."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks"
+    return "has a forward of its own" if "forward" in module.__dict__ else None
+
+
+def projection(layer: Any) -> str | None:
+    """Why a linear layer is not just its weight and bias, or None."""
+    kind = type(layer)
+    if kind is not nn.Linear and (kind.__name__, kind.__module__) != ("Conv1D", "transformers.pytorch_utils"):
+        return f"is {kind.__name__}, not a plain Linear or Conv1D"
+    if type(layer.weight) not in (nn.Parameter, Tensor):
+        return f"has a weight of type {type(layer.weight).__name__}"
+    return bare(layer)
+
+
+# --- norms --------------------------------------------------------------------------------------------------------
+
+
+def _one_vector(module, known):
+    shape = getattr(module, "normalized_shape", None)
+    if shape is None:
+        shape = module.weight.shape
+    return None if len(shape) == 1 else f"normalises over {list(shape)}, more than the last dimension"
+
+
+def _mixed(x, weight):
+    """Whether the class would change dtype on the way: a weight of another one, or autocast, which norms in fp32."""
+    if weight is not None and weight.dtype is not x.dtype:
+        return True
+    return x.dtype is not torch.float32 and (x.is_cpu or x.is_cuda) and torch.is_autocast_enabled(x.device.type)
+
+
+def _rms_norm(module, known, x):
+    weight = module.weight
+    if weight.dtype is not x.dtype:
+        return original(module, x)
+    return ops.rms_norm(x, weight, getattr(module, known.names[0]), **known.options)
+
+
+def _scaled_layer_norm(module, known, x):
+    if module.weight.dtype is not x.dtype:
+        return original(module, x)
+    return ops.layer_norm(x, module.weight, None, module.variance_epsilon)
+
+
+def _torch_rms_norm(module, known, x):
+    if _mixed(x, module.weight):
+        return original(module, x)
+    eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+    return ops.rms_norm(x, module.weight, eps)
+
+
+def _torch_layer_norm(module, known, x):
+    if _mixed(x, module.weight):
+        return original(module, x)
+    return ops.layer_norm(x, module.weight, module.bias, module.eps)
+
+
+# --- MLPs ---------------------------------------------------------------------------------------------------------
+
+_ACTIVATIONS = {
+    "SiLU": "silu", "SiLUActivation": "silu", "ReLU": "relu", "ReLUSquaredActivation": "relu2", "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh", "AccurateGELUActivation": "gelu_tanh",
+}  # fmt: skip
+
+
+def _activation(module):
+    """The name in fastlm.ops of an activation module, or None."""
+    if isinstance(module, nn.GELU):
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return _ACTIVATIONS.get(type(module).__name__)
+
+
+def _why_not_mlp(module, known):
+    act, *layers = (name for name in known.names if name is not None)
+    parts = module._modules
+    for name in (act, *layers):
+        if parts.get(name) is None:
+            return f"has no module {name}"
+    if _activation(parts[act]) is None:
+        return f"the op has no activation {type(parts[act]).__name__}"
+    reasons = [(act, bare(parts[act])), *((name, projection(parts[name])) for name in layers)]
+    if getattr(getattr(module, "config", None), "pretraining_tp", 1) > 1:
+        reasons.append(("config", "asks for pretraining_tp"))
+    return next((f"its {name} {reason}" for name, reason in reasons if reason), None)
+
+
+def _mlp(module, known, x):
+    """names: activation, then the projections in the order of the op, None where one matrix holds gate and up."""
+    parts = module._modules
+    kind, layers = _activation(parts[known.names[0]]), [name and parts[name] for name in known.names[1:]]
+    same = layers[0].weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
+    if not same or _why_not_mlp(module, known) is not None:
+        return original(module, x)
+    weights = (_rows(layer) for layer in layers)
+    biases = (None if layer is None else layer.bias for layer in layers)
+    op = ops.mlp if len(layers) == 2 else ops.gated_mlp
+    y = op(x, *weights, *biases, activation=kind)
+    return parts["dropout"](y) if "dropout" in parts else y  # GPT-2's
+
+
+def _rows(layer):
+    if layer is None:
+        return None
+    return layer.weight if type(layer) is nn.Linear else layer.weight.t()
+
+
+# --- the loss of a causal language model --------------------------------------------------------------------------
+
+
+def _why_not_loss(module, known):
+    if getattr(module.loss_function, "__name__", "") != "ForCausalLMLoss":
+        return "its loss_function is not transformers' own for causal language models"
+    reason = projection(module._modules.get("lm_head"))
+    return reason and f"its lm_head {reason}"
+
+
+def _causal_lm(module, known, *args, **kwargs):
+    """names: the output class, then the arguments of the class's forward in order."""
+    given = dict(zip(known.names[1:], args)) | kwargs
+    labels, keep = given.pop("labels", None), given.pop("logits_to_keep", 0)
+    whole = isinstance(keep, int) and keep == 0
+    if labels is None or not module.training or not whole or _why_not_loss(module, known) is not None:
+        return original(module, *args, **kwargs)
+    from transformers import modeling_outputs
+
+    as_dict = given.pop("return_dict", None)
+    outputs = module.base_model(**given)
+    loss = _shifted_loss(module, outputs.last_hidden_state, labels, **given)
+    kind = getattr(modeling_outputs, known.names[0])
+    names = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
+    found = kind(loss=loss, logits=None, **{name: outputs[name] for name in names if name in outputs})
+    as_dict = module.config.return_dict if as_dict is None else as_dict
+    return found if as_dict else found.to_tuple()
+
+
+def _shifted_loss(module, hidden, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_):
+    """transformers' ForCausalLMLoss, from hidden states."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(hidden.device)
+    return ops.linear_cross_entropy(
+        hidden,
+        module.lm_head.weight,
+        shift_labels.to(hidden.device).view(hidden.shape[:-1]),
+        linear_bias=module.lm_head.bias,
+        ignore_index=ignore_index,
+        softcap=getattr(module.config, "final_logit_softcapping", None),
+        denominator=num_items_in_batch,
+    )
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def _all(names: str, *how: Any) -> dict[str, Known]:
+    return {name: Known(*how) for name in names.split()}
+
+
+# Of torch.nn.
+TORCH = {
+    "LayerNorm": Known("ops.layer_norm", _torch_layer_norm, _one_vector),
+    "RMSNorm": Known("ops.rms_norm", _torch_rms_norm, _one_vector),
+}
+# Of transformers, whose models have copies of one another's classes: a line is one forward under many names (tested).
+NORMS = {
+    **_all(
+        "LlamaRMSNorm MistralRMSNorm MixtralRMSNorm Qwen2RMSNorm Qwen2MoeRMSNorm Qwen3RMSNorm Qwen3MoeRMSNorm Phi3RMSNorm"
+        " DeepseekV2RMSNorm DeepseekV3RMSNorm GraniteRMSNorm SmolLM3RMSNorm GlmRMSNorm Glm4RMSNorm",
+        "ops.rms_norm", _rms_norm, _one_vector, ("variance_epsilon",), {"casting": "llama"},
+    ),
+    **_all(
+        "T5LayerNorm MT5LayerNorm UMT5LayerNorm",
+        "ops.rms_norm", _rms_norm, _one_vector, ("variance_epsilon",), {"casting": "llama"},
+    ),
+    **_all(
+        "Olmo2RMSNorm Olmo3RMSNorm GptOssRMSNorm",
+        "ops.rms_norm", _rms_norm, _one_vector, ("variance_epsilon",),
+    ),
+    **_all(
+        "GemmaRMSNorm Gemma2RMSNorm Gemma3RMSNorm T5GemmaRMSNorm Qwen3NextRMSNorm",
+        "ops.rms_norm", _rms_norm, _one_vector, ("eps",), {"weight_offset": 1.0},
+    ),
+    **_all("CohereLayerNorm Cohere2LayerNorm", "ops.layer_norm", _scaled_layer_norm, _one_vector),
+}  # fmt: skip
+MLPS = {
+    **_all(
+        "LlamaMLP MistralMLP Qwen2MLP Qwen3MLP GemmaMLP Gemma2MLP Gemma3MLP GraniteMLP SmolLM3MLP CohereMLP Olmo2MLP Olmo3MLP"
+        " DeepseekV2MLP DeepseekV3MLP Qwen2MoeMLP Qwen3MoeMLP",
+        "ops.gated_mlp", _mlp, _why_not_mlp, ("act_fn", "gate_proj", "up_proj", "down_proj"),
+    ),
+    **_all(
+        "Phi3MLP GlmMLP Glm4MLP",
+        "ops.gated_mlp", _mlp, _why_not_mlp, ("activation_fn", "gate_up_proj", None, "down_proj"),
+    ),
+    **_all("NemotronMLP ArceeMLP", "ops.mlp", _mlp, _why_not_mlp, ("act_fn", "up_proj", "down_proj")),
+    **_all("PhiMLP CLIPMLP SiglipMLP", "ops.mlp", _mlp, _why_not_mlp, ("activation_fn", "fc1", "fc2")),
+    **_all("GPT2MLP GPTBigCodeMLP", "ops.mlp", _mlp, _why_not_mlp, ("act", "c_fc", "c_proj")),
+}  # fmt: skip
+# No other model: what stands between lm_head and the loss (scales, an auxiliary loss) differs.
+LOSSES = {
+    **_all(
+        "LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM GemmaForCausalLM Gemma2ForCausalLM"
+        " Phi3ForCausalLM Olmo2ForCausalLM SmolLM3ForCausalLM",
+        "ops.linear_cross_entropy", _causal_lm, _why_not_loss, ("CausalLMOutputWithPast",),
+    ),
+    **_all(
+        "GPT2LMHeadModel",
+        "ops.linear_cross_entropy", _causal_lm, _why_not_loss, ("CausalLMOutputWithCrossAttentions",),
+    ),
+}  # fmt: skip
+
+
+def defining_class(module: nn.Module) -> type:
+    """The class that the module's forward is written in: a subclass without a forward of its own computes the same."""
+    return next(c for c in type(module).__mro__ if "forward" in c.__dict__)
+
+
+def known(module: nn.Module, table: dict[str, Known]) -> Known | None:
+    """The entry for a module of torch or transformers, or None."""
+    kind = defining_class(module)
+    package = kind.__module__.split(".")[0]
+    if package == "torch":
+        return TORCH.get(kind.__name__) if table is NORMS and kind.__module__.startswith("torch.nn.") else None
+    return table.get(kind.__name__) if package == "transformers" else None
