@@ -6,6 +6,7 @@ from fastlm.nn.cache import KVCache
 from fastlm.nn.multihead_attention import MultiheadAttention
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.recording import attend, record_attention
+from fastlm.nn.replace import Report, replace
 from fastlm.nn.softmax import Softmax
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",
+    "Report",
     "Softmax",
     "alibi_slopes",
     "attend",
     "record_attention",
+    "replace",
     "transformers",
 ]
