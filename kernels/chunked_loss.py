@@ -211,3 +211,43 @@ def backward(rows, scaled, dloss, hidden, weight, bias, target, token_weight, cl
         row_scale = row_scale * token_weight.reshape(-1).to(row_scale.dtype)
     row_scale = row_scale.contiguous()
     return _run(rows, hidden, weight, bias, target, row_scale, class_weight, options, narrow, logits_bytes, need)[1]
+
+
+def logprobs_of(stats, target, vocabulary, ignore_index):
+    """stats [5, N] (see linear_logprobs.py) over all classes -> log probability of the target, log-sum-exp, entropy, whether the
+    target's logit is the largest: [N] each, 0 in ignored rows, NaN for a target that is no class; and [2, N] for the backward."""
+    peak, sums, moments, _, picked = stats
+    log_sum = sums.log()
+    ignored, valid = target == ignore_index, (target >= 0) & (target < vocabulary)
+    # picked - peak first: it is exact where the target is the maximum, and the log probability small.
+    found = (picked - peak) - log_sum, peak + log_sum, log_sum - moments / sums
+    logp, lse, entropy = (t.masked_fill_(~valid, torch.nan).masked_fill_(ignored, 0) for t in found)
+    return logp, lse, entropy, (picked >= peak) & valid & ~ignored, torch.stack((peak, log_sum))
+
+
+def logprobs_forward(statistics, hidden, weight, bias, target, ignore_index, scale, softcap, logits_bytes, *_):
+    """-> logp, lse, entropy, hit, each like target, and what the backward needs of them, [2, *target.shape]."""
+    chunks, flat = Chunks(hidden, weight, bias, logits_bytes), target.reshape(-1)
+    stats = torch.empty((5, flat.shape[0]), dtype=compute_dtype(hidden.dtype), device=hidden.device)
+    for here, logits in chunks:
+        statistics(logits, flat[here], 0, stats[:, here], False, scale, softcap)
+    *found, saved = logprobs_of(stats, flat, weight.shape[0], ignore_index)
+    return *(t.view(target.shape) for t in found), saved.view(2, *target.shape)
+
+
+def logprobs_backward(gradient, dlogp, dlse, dentropy, hidden, weight, bias, target, entropy, saved, ignore_index, scale,
+                      softcap, logits_bytes, *need):  # fmt: skip
+    """-> gradients of hidden, weight and bias, from the logits made anew. A missing cotangent is 0."""
+    chunks, flat = Chunks(hidden, weight, bias, logits_bytes), target.reshape(-1)
+    factors = torch.empty((7, flat.shape[0]), dtype=saved.dtype, device=hidden.device)
+    factors[:2] = saved.reshape(2, -1)
+    rest = (None if dlogp is None else -dlogp, dlse, None, dentropy, entropy)
+    for row, t in zip(factors[2:], rest):
+        row.zero_() if t is None else row.copy_(t.reshape(-1))
+    gradients = Gradients(chunks.h, weight, bias, chunks.count, need)
+    for here, logits in chunks:
+        gradient(
+            logits, flat[here], 0, factors[:, here], None, False, dentropy is not None, ignore_index, scale, softcap
+        )
+        gradients.add(logits, chunks.h[here], chunks.weight, here.start)
+    return gradients.result(hidden.shape)

@@ -101,7 +101,7 @@ def _linear_cross_entropy_rows_kernel(
                         SOFTCAP)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _scale_kernel(x_ptr, factor_ptr, y_ptr, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)

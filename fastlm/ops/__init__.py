@@ -11,6 +11,7 @@ from fastlm.ops.block_mask import BlockMask
 from fastlm.ops.decode_attention import decode_attention
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.linear_logprobs import linear_logprobs
 from fastlm.ops.lora_linear import lora_linear
 from fastlm.ops.mlp import gated_mlp, mlp
 from fastlm.ops.rms_norm import rms_norm
@@ -32,6 +33,7 @@ __all__ = [
     "glu",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_logprobs",
     "lora_linear",
     "mlp",
     "received_attention",

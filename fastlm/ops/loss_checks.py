@@ -71,7 +71,7 @@ def mean_denominator(denominator, input, target, weight, ignore_index):
     if isinstance(denominator, Tensor):
         return denominator.to(input.device, non_blocking=True)
     if denominator is not None:
-        return torch.full((), denominator, dtype=compute_dtype(input), device=input.device)
+        return input.new_full((), denominator, dtype=compute_dtype(input))
     live = target != ignore_index
     if weight is None:
         return live.sum()

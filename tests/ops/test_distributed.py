@@ -60,6 +60,7 @@ def _failures(results, start):
         "rotary",
         "attention",
         "linear_cross_entropy",
+        "linear_logprobs",
     ],
 )
 def test_dtensors(results, op):

@@ -64,6 +64,23 @@ def _cases() -> dict:
         "attention": (lambda q, k, v: ops.attention(q, k, v, causal=True), (q, k, v), "bbb"),
         "attention with lse": (lambda q, k, v: ops.attention(q, k, v, return_lse=True), (q, k, v), "bbb"),
     }
+    cases["linear_cross_entropy with options"] = (
+        lambda h, w, b, t, a, c: ops.linear_cross_entropy(
+            h, w, t, linear_bias=b, token_weight=a, weight=c, scale=0.7, softcap=5.0, z_loss=0.1, denominator=7
+        ),
+        (hidden, vocabulary, torch.randn(11), target, torch.randn(B, S), torch.rand(11)),
+        "b..b--",
+    )
+    cases["linear_cross_entropy with class weights"] = (
+        lambda h, w, t, c: ops.linear_cross_entropy(h, w, t, weight=c),
+        (hidden, vocabulary, target, torch.rand(11)),
+        "b.b-",
+    )
+    cases["linear_logprobs"] = (
+        lambda h, w, t: ops.linear_logprobs(h, w, t, logits_bytes=1)[:3],
+        (hidden, vocabulary, target),
+        "b.b",
+    )
     for reduction in ("mean", "sum", "none"):
         cases[f"linear_cross_entropy {reduction}"] = (
             lambda h, w, t, reduction=reduction: ops.linear_cross_entropy(h, w, t, reduction=reduction),
