@@ -53,7 +53,8 @@ def projection(layer: Any) -> str | None:
     kind = type(layer)
     if kind is not nn.Linear and (kind.__name__, kind.__module__) != ("Conv1D", "transformers.pytorch_utils"):
         return f"is {kind.__name__}, not a plain Linear or Conv1D"
-    if type(layer.weight) not in (nn.Parameter, Tensor):
+    # FSDP's are DTensors between the calls; other subclasses of tensors (quantised ones) multiply in a way of their own.
+    if type(layer.weight) not in (nn.Parameter, Tensor) and type(layer.weight).__name__ != "DTensor":
         return f"has a weight of type {type(layer.weight).__name__}"
     return bare(layer)
 

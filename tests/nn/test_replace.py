@@ -13,8 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from fastlm import nn, ops
-from fastlm.nn import replace_table
-from fastlm.nn.replace import replace
+from fastlm.nn import replace, replace_table
 from fastlm.testing import assert_accurate
 
 V, S = 41, 12
@@ -306,6 +305,33 @@ def test_a_projection_with_hooks_is_called(name, part):
         close(before, step(model))
         handle.remove()
     assert calls == [1, 2, 2]
+
+
+@pytest.fixture
+def mesh():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_sharded_by_fsdp(name, when, mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    plain = make(name).train()
+    ours = copy.deepcopy(plain)
+    if when == "before":
+        replace(ours, loss=True)
+    for layer in ours.get_submodule("transformer.h" if name == "gpt2" else "model.layers"):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(ours, mesh=mesh)
+    if when == "after":
+        assert not replace(ours, loss=True).kept
+    (_, want), (out, (loss, gradients)) = losses(plain), losses(ours)
+    assert out.logits is None
+    close(want, (loss, {key: g.full_tensor() for key, g in gradients.items()}))
 
 
 def test_quantised_weights_and_other_activations_are_kept():
