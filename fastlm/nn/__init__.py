@@ -3,6 +3,7 @@
 from fastlm.nn import transformers
 from fastlm.nn.attention import Attention, alibi_slopes
 from fastlm.nn.cache import KVCache
+from fastlm.nn.distillation_loss import KLDivLoss
 from fastlm.nn.multihead_attention import MultiheadAttention
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.recording import attend, record_attention
@@ -11,6 +12,7 @@ from fastlm.nn.softmax import Softmax
 
 __all__ = [
     "Attention",
+    "KLDivLoss",
     "KVCache",
     "LayerNorm",
     "MultiheadAttention",

@@ -9,6 +9,7 @@ from fastlm.ops.attention_maps import attention_weights, received_attention
 from fastlm.ops.attention_options import RelativeBias
 from fastlm.ops.block_mask import BlockMask
 from fastlm.ops.decode_attention import decode_attention
+from fastlm.ops.kl_div import kl_div
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.linear_logprobs import linear_logprobs
@@ -31,6 +32,7 @@ __all__ = [
     "explain",
     "gated_mlp",
     "glu",
+    "kl_div",
     "layer_norm",
     "linear_cross_entropy",
     "linear_logprobs",

@@ -87,6 +87,9 @@ def _cases() -> dict:
             (hidden, vocabulary, target),
             "b.b",
         )
+    both = torch.randn(2, B, S, 11)
+    cases["kl_div"] = (lambda s, t: ops.kl_div(s, t, reduction="none"), tuple(both), "b-")
+    cases["kl_div mean"] = (lambda s, t, m: ops.kl_div(s, t, beta=0.3, mask=m), (*both, target != -100), "b-b")
     return cases
 
 

@@ -1,0 +1,265 @@
+"""Divergence of two rows of logits, and its gradient with respect to the first: one program owns a row of each.
+
+With q and p the softmaxes of the student's and the teacher's logits, the first pass gathers maximum and sum of both (online
+softmax) and, for the two Kullback-Leibler divergences, their value at once: a running sum of p (log p - log q) is rescaled
+as the sums are. A mixture needs a second pass for its value, as its logarithm wants the finished sums. A last pass writes
+the gradient. It can begin from stored statistics, which is how the backward of `kl_div` reads each logit once; `linear_kl_div`
+has all passes in one launch and writes the gradient over the student's logits. Rows that do not count are not read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import rows
+from .loss_rows import LOWEST, add_to_softmax, logit, store_gradient
+
+FORWARD, REVERSE, MIXTURE = range(3)  # KL(teacher || student), KL(student || teacher), and what lies between
+_FORWARD, _REVERSE = tl.constexpr(FORWARD), tl.constexpr(REVERSE)
+# Per row: both maxima, the logarithms of both sums of exp(x - maximum), and the mean of what the gradient is the excess of.
+STATISTICS = 5
+
+
+@triton.jit
+def _logits(x_ptr, y_ptr, mask, options, X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr):
+    x_scale, y_scale, x_softcap, y_softcap, _, _ = options
+    return logit(x_ptr, mask, x_scale, x_softcap, X_SOFTCAP), logit(y_ptr, mask, y_scale, y_softcap, Y_SOFTCAP)
+
+
+@triton.jit
+def _add_to_cross(a, b, mask, old_a, new_a, old_b, new_b, b_sums, cross, MASKED: tl.constexpr):
+    """cross: per lane, the sum of w ((b - its maximum) - (a - its maximum)) with w = exp(b - its maximum)."""
+    shrink = tl.exp(old_b - new_b)
+    # What vanishes beside the new maximum goes, even if it was infinite.
+    cross = tl.where(shrink > 0, (cross + b_sums * ((new_a - old_a) - (new_b - old_b))) * shrink, 0.0)
+    weight = tl.exp(b - new_b)
+    if MASKED:
+        weight = tl.where(mask, weight, 0.0)
+    return cross + tl.where(weight == 0, 0.0, weight * ((b - new_b) - (a - new_a)))  # 0 log 0 = 0; a NaN stays one
+
+
+@triton.jit
+def _add_tile(x_ptr, y_ptr, mask, state, options,
+              KIND: tl.constexpr, X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """One tile of the first pass. state: both maxima, both sums of exp(x - maximum) per lane, and cross (see there)."""
+    x_peak, y_peak, x_sums, y_sums, cross = state
+    x, y = _logits(x_ptr, y_ptr, mask, options, X_SOFTCAP, Y_SOFTCAP)
+    x, y = x * options[4], y * options[4]
+    new_x, new_x_sums = add_to_softmax(x, mask, x_peak, x_sums, MASKED)
+    new_y, new_y_sums = add_to_softmax(y, mask, y_peak, y_sums, MASKED)
+    if KIND == _FORWARD:
+        cross = _add_to_cross(x, y, mask, x_peak, new_x, y_peak, new_y, y_sums, cross, MASKED)
+    if KIND == _REVERSE:
+        cross = _add_to_cross(y, x, mask, y_peak, new_y, x_peak, new_x, x_sums, cross, MASKED)
+    return new_x, new_y, new_x_sums, new_y_sums, cross
+
+
+@triton.jit
+def _log_probabilities(x_ptr, y_ptr, mask, row, options, X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr):
+    """-> the student's logits, log q and log p of one tile. row: the statistics."""
+    x, y = _logits(x_ptr, y_ptr, mask, options, X_SOFTCAP, Y_SOFTCAP)
+    # The maximum first: a large log-sum-exp is rounded, and a difference from the maximum is not.
+    return x, (x * options[4] - row[0]) - row[2], (y * options[4] - row[1]) - row[3]
+
+
+@triton.jit
+def _value_tile(x_ptr, y_ptr, mask, row, sums, options,
+                X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """One tile of a mixture's value. sums: per lane, those of q (log q - log m) and of p (log p - log m)."""
+    beta = options[5]
+    _, log_q, log_p = _log_probabilities(x_ptr, y_ptr, mask, row, options, X_SOFTCAP, Y_SOFTCAP)
+    q, p = tl.exp(log_q), tl.exp(log_p)
+    if MASKED:
+        q, p = tl.where(mask, q, 0.0), tl.where(mask, p, 0.0)
+    log_m = tl.log(beta * p + (1.0 - beta) * q)
+    of_q = tl.where(q == 0, 0.0, q * (log_q - log_m))
+    of_p = tl.where(p == 0, 0.0, p * (log_p - log_m))
+    return sums[0] + of_q, sums[1] + of_p
+
+
+@triton.jit
+def _gradient_tile(x_ptr, y_ptr, dx_ptr, mask, row, factor, options,
+                   KIND: tl.constexpr, X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr):  # fmt: skip
+    x, log_q, log_p = _log_probabilities(x_ptr, y_ptr, mask, row, options, X_SOFTCAP, Y_SOFTCAP)
+    q = tl.exp(log_q)
+    if KIND == _FORWARD:
+        gradient = q - tl.exp(log_p)
+    elif KIND == _REVERSE:
+        gradient = tl.where(q == 0, 0.0, q * (log_q - log_p - row[4]))
+    else:
+        beta = options[5]
+        log_m = tl.log(beta * tl.exp(log_p) + (1.0 - beta) * q)
+        gradient = tl.where(q == 0, 0.0, (1.0 - beta) * q * (log_q - log_m - row[4]))
+    store_gradient(dx_ptr, mask, gradient, x, factor * options[4], True, options[0], options[2], X_SOFTCAP)
+
+
+@triton.jit
+def _value(x_ptr, y_ptr, first, begin: tl.constexpr, full, end, options,
+           KIND: tl.constexpr, X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
+    """All passes but the gradient's -> the row's divergence and its statistics."""
+    col = tl.arange(0, BLOCK_V)
+    zeros = tl.zeros((BLOCK_V,), tl.float32)
+    lowest = tl.full((), LOWEST, tl.float32)
+    state = (lowest, lowest, zeros, zeros, zeros)
+    if begin > 0:
+        mask = (col >= first) & (col < end)
+        state = _add_tile(x_ptr + col, y_ptr + col, mask, state, options, KIND, X_SOFTCAP, Y_SOFTCAP, True)
+    for start in range(begin, full, BLOCK_V):
+        at = start + col
+        state = _add_tile(x_ptr + at, y_ptr + at, None, state, options, KIND, X_SOFTCAP, Y_SOFTCAP, False)
+    if full < end:
+        at = full + col
+        state = _add_tile(x_ptr + at, y_ptr + at, at < end, state, options, KIND, X_SOFTCAP, Y_SOFTCAP, True)
+    x_peak, y_peak, x_sums, y_sums, cross = state
+    x_sum, y_sum = tl.sum(x_sums, 0), tl.sum(y_sums, 0)
+    row = (x_peak, y_peak, tl.log(x_sum), tl.log(y_sum))
+    if KIND == _FORWARD:
+        value = tl.sum(cross, 0) / y_sum + tl.log(x_sum / y_sum)
+        return value, (row[0], row[1], row[2], row[3], value)
+    elif KIND == _REVERSE:
+        value = tl.sum(cross, 0) / x_sum + tl.log(y_sum / x_sum)
+        return value, (row[0], row[1], row[2], row[3], value)
+    else:
+        sums = (zeros, zeros)
+        if begin > 0:
+            mask = (col >= first) & (col < end)
+            sums = _value_tile(x_ptr + col, y_ptr + col, mask, row, sums, options, X_SOFTCAP, Y_SOFTCAP, True)
+        for start in range(begin, full, BLOCK_V):
+            at = start + col
+            sums = _value_tile(x_ptr + at, y_ptr + at, None, row, sums, options, X_SOFTCAP, Y_SOFTCAP, False)
+        if full < end:
+            at = full + col
+            sums = _value_tile(x_ptr + at, y_ptr + at, at < end, row, sums, options, X_SOFTCAP, Y_SOFTCAP, True)
+        of_q, of_p, beta = tl.sum(sums[0], 0), tl.sum(sums[1], 0), options[5]
+        return beta * of_p + (1.0 - beta) * of_q, (row[0], row[1], row[2], row[3], of_q)
+
+
+@triton.jit
+def _write_zeros(dx_ptr, first, begin: tl.constexpr, full, end, BLOCK_V: tl.constexpr):
+    col = tl.arange(0, BLOCK_V)
+    zeros = tl.zeros((BLOCK_V,), dx_ptr.dtype.element_ty)
+    if begin > 0:
+        tl.store(dx_ptr + col, zeros, mask=(col >= first) & (col < end))
+    for start in range(begin, full, BLOCK_V):
+        tl.store(dx_ptr + start + col, zeros)
+    if full < end:
+        tl.store(dx_ptr + full + col, zeros, mask=full + col < end)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _kl_div_rows_kernel(
+    x_ptr, y_ptr, mask_ptr, factor_ptr, loss_ptr, statistics_ptr, dx_ptr, stride_x, stride_y, stride_dx,
+    N, V, x_scale, y_scale, x_softcap, y_softcap, inverse_t, beta,
+    KIND: tl.constexpr, HAS_MASK: tl.constexpr, HAS_FACTOR: tl.constexpr, STORED: tl.constexpr, WITH_GRAD: tl.constexpr,
+    X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr, PEEL: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    first = 0
+    if PEEL:
+        # Rows begin anywhere, all three as far behind a multiple of 16 bytes: tiles begin at that multiple, and only the first
+        # and the last one have a mask.
+        first = (n * stride_x % 8).to(tl.int32)
+        x_ptr += tl.multiple_of(n * stride_x - first, 8)
+        y_ptr += tl.multiple_of(n * stride_y - first, 8)
+        dx_ptr += tl.multiple_of(n * stride_dx - first, 8)
+    else:
+        x_ptr, y_ptr, dx_ptr = x_ptr + n * stride_x, y_ptr + n * stride_y, dx_ptr + n * stride_dx
+    begin: tl.constexpr = BLOCK_V if PEEL else 0
+    end = first + V
+    full = end // BLOCK_V * BLOCK_V
+    if PEEL:
+        full = tl.maximum(full, begin)
+    options = (x_scale, y_scale, x_softcap, y_softcap, inverse_t, beta)
+    live = True
+    if HAS_MASK:
+        live = tl.load(mask_ptr + n) != 0
+    statistics_ptr += n
+    if live:
+        if STORED:
+            row = (tl.load(statistics_ptr), tl.load(statistics_ptr + N), tl.load(statistics_ptr + 2 * N),
+                   tl.load(statistics_ptr + 3 * N), tl.load(statistics_ptr + 4 * N))  # fmt: skip
+        else:
+            value, row = _value(x_ptr, y_ptr, first, begin, full, end, options, KIND, X_SOFTCAP, Y_SOFTCAP, BLOCK_V)
+            tl.store(loss_ptr + n, value)
+        if WITH_GRAD:
+            factor = tl.load(factor_ptr + n).to(tl.float32) if HAS_FACTOR else 1.0
+            col = tl.arange(0, BLOCK_V)
+            if PEEL:
+                mask = (col >= first) & (col < end)
+                _gradient_tile(x_ptr + col, y_ptr + col, dx_ptr + col, mask, row, factor, options,
+                               KIND, X_SOFTCAP, Y_SOFTCAP)  # fmt: skip
+            for start in range(begin, full, BLOCK_V):
+                at = start + col
+                _gradient_tile(x_ptr + at, y_ptr + at, dx_ptr + at, None, row, factor, options,
+                               KIND, X_SOFTCAP, Y_SOFTCAP)  # fmt: skip
+            if full < end:
+                at = full + col
+                _gradient_tile(x_ptr + at, y_ptr + at, dx_ptr + at, at < end, row, factor, options,
+                               KIND, X_SOFTCAP, Y_SOFTCAP)  # fmt: skip
+        elif not STORED:
+            for i in tl.static_range(5):
+                tl.store(statistics_ptr + i * N, row[i])
+    else:
+        if not STORED:
+            tl.store(loss_ptr + n, 0.0)
+            if not WITH_GRAD:
+                for i in tl.static_range(5):
+                    tl.store(statistics_ptr + i * N, 0.0)
+        if WITH_GRAD:
+            _write_zeros(dx_ptr, first, begin, full, end, BLOCK_V)
+
+
+def kind_of(beta):
+    return FORWARD if beta == 0 else REVERSE if beta == 1 else MIXTURE
+
+
+def _peel(*matrices):
+    """Whether the rows of all, though not multiples of 16 bytes, lie alike beside them; matrices of unit stride along rows."""
+    if all(m.stride(0) % 8 == 0 for m in matrices):
+        return False
+    alike = len({(m.stride(0) % 8, m.element_size()) for m in matrices}) == 1
+    return alike and all(m.data_ptr() % 16 == 0 for m in matrices)
+
+
+def launch(x, y, mask, factor, loss, statistics, dx, beta, temperature,
+           scales=(1.0, 1.0), softcaps=(None, None), stored=False):  # fmt: skip
+    """The kernel on matrices [N, V] of unit stride along rows. dx None: no gradient, the statistics [5, N] are written; else
+    the gradient of sum(factor * loss) goes into dx (which may be x), from the statistics if `stored`."""
+    N, V = x.shape
+    if N == 0:
+        return
+    # A mixture's two loops spilled 8 to 16 bytes at 2048.
+    block = min(1024 if kind_of(beta) == MIXTURE else 2048, triton.next_power_of_2(max(V, 128)))
+    out = x if dx is None else dx
+    _kl_div_rows_kernel[(N,)](
+        x, y, x if mask is None else mask, x if factor is None else factor, loss, x if statistics is None else statistics,
+        out, x.stride(0), y.stride(0), out.stride(0), N, V, *scales, *(1.0 if s is None else s for s in softcaps),
+        1.0 / temperature, beta,
+        KIND=kind_of(beta), HAS_MASK=mask is not None, HAS_FACTOR=factor is not None, STORED=stored,
+        WITH_GRAD=dx is not None, X_SOFTCAP=softcaps[0] is not None, Y_SOFTCAP=softcaps[1] is not None,
+        PEEL=_peel(x, y, out), BLOCK_V=block, num_warps=max(4, min(8, block // 256)),
+    )  # fmt: skip
+
+
+def _flat(mask):
+    return mask if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
+
+
+def kl_div_fwd(student, teacher, mask, beta, temperature):
+    """-> losses [...] and statistics [5, N], fp32."""
+    x, y = rows(student), rows(teacher)
+    loss = torch.empty(student.shape[:-1], dtype=torch.float32, device=student.device)
+    statistics = torch.empty((STATISTICS, x.shape[0]), dtype=torch.float32, device=student.device)
+    launch(x, y, _flat(mask), None, loss, statistics, None, beta, temperature)
+    return loss, statistics
+
+
+def kl_div_bwd(dloss, student, teacher, mask, statistics, beta, temperature):
+    """-> the gradient of the student's logits, contiguous, in their dtype."""
+    x, y = rows(student), rows(teacher)
+    dx = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    factor = dloss.reshape(-1).contiguous()
+    launch(x, y, _flat(mask), factor, factor, statistics, dx.view(x.shape), beta, temperature, stored=True)
+    return dx
