@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
-from fastlm.ops.norm_torch import layer, norm_torch
+from fastlm.ops.norm_torch import layer_norm_torch
 from fastlm.ops.norm_wiring import check, check_casting, dropout_seed, norm_op
 
-OP = norm_op("layer_norm", partial(norm_torch, layer), centred=True)
+OP = norm_op("layer_norm", layer_norm_torch, centred=True)
 
 
 def layer_norm(

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastlm.ops._op import compute_dtype
 from fastlm.ops.random_bits import philox
 
-_COUNTERS = 1 << 14  # of Philox at a time on the CPU: what it computes with stays in the cache
+_COUNTERS = 1 << 15  # of Philox at a time on the CPU: what it computes with stays in the cache
 
 
 def kept(x: Tensor, seed: Tensor, p: float) -> Tensor:

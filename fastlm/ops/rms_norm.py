@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
-from fastlm.ops.norm_torch import norm_torch, rms
+from fastlm.ops.norm_torch import rms_norm_torch
 from fastlm.ops.norm_wiring import check, check_casting, dropout_seed, norm_op
 
-OP = norm_op("rms_norm", partial(norm_torch, rms), centred=False)
+OP = norm_op("rms_norm", rms_norm_torch, centred=False)
 
 
 def rms_norm(
