@@ -66,7 +66,7 @@ def _activation_fwd_kernel(
 
 @triton.jit(do_not_specialize=["M"])  # one compile, whatever the batch
 def _activation_bwd_kernel(
-    dy_ptr, x_ptr, up_ptr, dx_ptr, dup_ptr, stride_dym, stride_xm, stride_um, M, N,
+    dy_ptr, x_ptr, up_ptr, dx_ptr, dup_ptr, y_ptr, stride_dym, stride_xm, stride_um, stride_dxm, M, N,
     KIND: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row, col, live = _tile(M, N, BLOCK_M, BLOCK_N)
@@ -74,9 +74,13 @@ def _activation_bwd_kernel(
     dy = tl.load(dy_ptr + row * stride_dym + col, mask=live, other=0.0).to(tl.float32)
     value, slope = value_and_slope(x, KIND)
     if GATED:
-        tl.store(dup_ptr + row * N + col, (dy * value).to(dup_ptr.dtype.element_ty), mask=live)
-        dy *= tl.load(up_ptr + row * stride_um + col, mask=live, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + row * N + col, (dy * slope).to(dx_ptr.dtype.element_ty), mask=live)
+        tl.store(dup_ptr + row * stride_dxm + col, (dy * value).to(dup_ptr.dtype.element_ty), mask=live)
+        up = tl.load(up_ptr + row * stride_um + col, mask=live, other=0.0).to(tl.float32)
+        dy *= up
+        value *= up
+    tl.store(dx_ptr + row * stride_dxm + col, (dy * slope).to(dx_ptr.dtype.element_ty), mask=live)
+    if y_ptr is not None:
+        tl.store(y_ptr + row * N + col, value.to(y_ptr.dtype.element_ty), mask=live)
 
 
 def _matrices(*tensors):
@@ -108,10 +112,16 @@ def _forward(x, up, kind):
 def _backward(dy, x, up, kind):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dup = torch.empty(x.shape if up is not None else 0, dtype=x.dtype, device=x.device)
-    if x.numel() > 0:
-        dy2, x2, up2 = _matrices(dy, x, x if up is None else up)
-        _launch(_activation_bwd_kernel, (dy2, x2, up2, dx, dup), (dy2, x2, up2), kind, up is not None)
+    slopes_and_values(dy, x, up, kind, dx, dup, None)
     return dx, dup
+
+
+def slopes_and_values(dy, x, up, kind, dx, dup, y):
+    """Writes the gradients dx and dup (unused if up is None), alike in strides, and y, the op's result, unless that is None."""
+    if x.numel() > 0:
+        dy2, x2, up2, dx2 = _matrices(dy, x, x if up is None else up, dx)
+        strided = (dy2, x2, up2, dx2)
+        _launch(_activation_bwd_kernel, (dy2, x2, up2, dx, dup, y), strided, kind, up is not None)
 
 
 def activation_fwd(x, kind):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .matmul import bias_grad, cast, empty_grad, linear, matrix, weight_grad
+from .matmul import bias_grad, cast, empty_grad, linear, matrix, weight_grad, why_not_fused
 
 
 def library_product(x, weight, u, b, bias, scale):
@@ -58,3 +58,13 @@ def lora_linear_fwd(*args):
 def lora_linear_bwd(*args):
     """`backward` with torch's products."""
     return backward(library_product, *args)
+
+
+# Where the product in one pass was measured to be faster than torch's two: (compute capability's major, False) -> the fewest
+# and most rows of x. Nothing was measured.
+ONE_PASS_WINS: dict[tuple[int, bool], tuple[int, int]] = {}
+
+
+def why_not_one_pass(x):
+    """The reason why `auto` passes over the Triton form for this x, or None where that was measured to be faster."""
+    return why_not_fused(ONE_PASS_WINS, x, False)

@@ -62,3 +62,13 @@ def empty_grad(x, t, needed):
 def cast(dtype, *tensors):
     """The tensors in `dtype`; None stays None."""
     return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def why_not_fused(wins, x, gated):
+    """The reason to take torch's products for x [..., D] rather than a fused Triton product, or None where that was measured to
+    be faster. `wins`: (compute capability's major, gated) -> the fewest and most rows of x."""
+    major = torch.cuda.get_device_capability(x.device)[0] if x.device.type == "cuda" else 0
+    fewest, most = wins.get((major, gated), (1, 0))
+    if fewest <= math.prod(x.shape[:-1]) <= most:
+        return None
+    return "torch's products are taken where the fused ones were not measured to be faster"

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .matmul import bias_grad, cast, empty_grad, linear, matrix, weight_grad
+from .matmul import bias_grad, cast, empty_grad, linear, matrix, weight_grad, why_not_fused
 
 _aten = torch.ops.aten
 
@@ -26,8 +26,7 @@ class Form(NamedTuple):
 
     hidden(x, weights, biases, kind, gated, keep): [N, D] -> pre [N, F], gated [N, 2, F] (None unless keep), and h [N, F].
     value(pre, kind, gated) -> h.
-    slopes(dy, down, pre, kind, gated, fresh, need_h) -> the gradient of pre, which may lie in pre's memory if that is `fresh`
-        (nobody else holds it), and h (None unless need_h).
+    slopes(dy, down, pre, kind, gated, need_h) -> the gradient of pre, and h (None unless need_h).
     `weights` and `biases` are pairs, the second of them None unless gate and up have a matrix each.
     """
 
@@ -81,7 +80,7 @@ def backward(form, dy, x, pre, first, second, down, first_bias, second_bias, dow
     elif inner or need_down:
         pre, h = form.hidden(x, (w1, w2), (b1, b2), kind, gated, True)
     if inner:
-        dpre, found = form.slopes(dy, w3, pre, kind, gated, not kept, need_down and h is None)
+        dpre, found = form.slopes(dy, w3, pre, kind, gated, need_down and h is None)
         h = found if h is None else h
     elif need_down and h is None:
         h = form.value(pre, kind, gated)
@@ -128,7 +127,7 @@ def _hidden(x, weights, biases, kind, gated, keep):
     return pre if keep else None, _value(pre, kind, gated)
 
 
-def _slopes(dy, down, pre, kind, gated, fresh, need_h):
+def _slopes(dy, down, pre, kind, gated, need_h):
     dh = torch.mm(dy, down)
     if not gated:
         return _SLOPES[kind](dh, pre, dh), _VALUES[kind](pre) if need_h else None
@@ -173,8 +172,4 @@ EPILOGUE_WINS: dict[tuple[int, bool], tuple[int, int]] = {}
 
 def why_not_epilogue(x, gated):
     """The reason why `auto` passes over the Triton form for this x, or None where that was measured to be faster."""
-    major = torch.cuda.get_device_capability(x.device)[0] if x.device.type == "cuda" else 0
-    fewest, most = EPILOGUE_WINS.get((major, gated), (1, 0))
-    if fewest <= x.numel() // max(1, x.shape[-1]) <= most:
-        return None
-    return "torch's products with element-wise kernels between them: the fused ones were not measured to be faster here"
+    return why_not_fused(EPILOGUE_WINS, x, gated)

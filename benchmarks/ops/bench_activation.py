@@ -93,4 +93,5 @@ AOT = [
     Aot("activation:glu_bwd", _X, _X, _X, "silu"),
     Aot("activation:glu_fwd", *_HALF, "silu"),
     Aot("activation:glu_bwd", _X, *_HALF, "gelu"),
+    Aot("activation:slopes_and_values", _X, *_HALF, "silu", *_HALF, _X),
 ]

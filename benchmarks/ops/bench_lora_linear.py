@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Bench, compiled, ours, plain
+from benchmarks.harness import Aot, Bench, compiled, meta, ours, plain
 from fastlm import ops
 
 SCALE = 2.0
@@ -50,3 +50,22 @@ BENCH = Bench(
     },
     flops=flops,
 )
+
+
+def _aot(N, D, D_out, r, bias=False, **options):
+    """The forward, and the backward with a frozen matrix."""
+    shapes = ((N, D), (D_out, D), (r, D), (D_out, r), (N, D_out), (N, r))
+    x, weight, a, b, dy, u = (meta(*s, **options) for s in shapes)
+    bias = meta(D_out, **options) if bias else None
+    return [
+        Aot("lora_product:lora_linear_fwd", x, weight, a, b, bias, SCALE),
+        Aot("lora_product:lora_linear_bwd", dy, x, u, weight, a, b, bias, 0b01101, SCALE),
+    ]
+
+
+AOT = [
+    *_aot(8192, 4096, 4096, 16),
+    *_aot(8192, 4096, 14336, 64, bias=True),
+    *_aot(64, 4096, 4096, 16),
+    *_aot(8192, 1024, 1024, 16, dtype=torch.float32),
+]

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Bench, Provider, compiled, ours, plain
+from benchmarks.harness import Aot, Bench, Provider, compiled, meta, ours, plain
 from fastlm import ops
 
 
@@ -109,4 +109,33 @@ BENCH = [
         },
         flops=flops,
     ),
+]
+
+
+def _aot(kind, gated, D=4096, F=14336, N=8192, bias=False, packed=False, transposed=False, keep=1, **options):
+    """The forward and the backward of one call, all gradients."""
+    meta_of = lambda *shape: meta(*shape, **options)  # noqa: E731
+    width = F * (2 if packed else 1)
+    first = meta_of(D, width).t() if transposed else meta_of(width, D)
+    second = meta_of(F, D) if gated and not packed else None
+    down = meta_of(F, D).t() if transposed else meta_of(D, F)
+    biases = (meta_of(width), second if second is None else meta_of(F), meta_of(D)) if bias else (None, None, None)
+    x, pre = meta_of(N, D), meta_of(N, 2, F) if gated else meta_of(N, F)
+    call = (first, second, down, *biases)
+    need = sum(1 << i for i, t in enumerate((x, *call)) if t is not None)
+    return [
+        Aot("mlp_epilogue:mlp_fwd", x, *call, keep, kind, gated),
+        Aot("mlp_epilogue:mlp_bwd", x, x, pre, *call, need, 1, kind, gated),
+    ]
+
+
+AOT = [
+    *_aot("gelu_tanh", False, 768, 3072, bias=True),
+    *_aot("gelu_tanh", False, 768, 3072, bias=True, transposed=True),
+    *_aot("relu2", False, 4096, 16384),
+    *_aot("silu", True),
+    *_aot("gelu", True, bias=True),
+    *_aot("silu", True, packed=True, keep=0),
+    *_aot("silu", True, N=64),
+    *_aot("silu", True, 1024, 2816, dtype=torch.float32),
 ]

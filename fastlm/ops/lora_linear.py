@@ -36,7 +36,11 @@ OP = Op(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     torch=_torch,
-    kernels={"torch": (steps.lora_linear_fwd, steps.lora_linear_bwd)},
+    kernels={
+        "torch": (steps.lora_linear_fwd, steps.lora_linear_bwd),
+        "triton": ("lora_product:lora_linear_fwd", "lora_product:lora_linear_bwd"),
+    },
+    slower=lambda backend, x, *_: steps.why_not_one_pass(x) if backend == "triton" else None,
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
 )
 
@@ -137,7 +141,7 @@ def lora_linear(
         a: [r, D] and b: [D_out, r], likewise: the update is b a, of rank r.
         bias: [D_out] or None, likewise.
         scale: factor of the update, alpha / r in most libraries.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     Returns:
         y [..., D_out] in x's dtype. Products sum in fp32; fp32 ones follow torch.get_float32_matmul_precision(). Gradients
@@ -151,7 +155,8 @@ def lora_linear(
         ValueError: shapes that do not fit, an unknown or unsupported backend. TypeError: a tensor is not floating point
         (a quantized weight must be dequantized first).
 
-    Backends: torch, reference. Paper: Hu et al. 2021, arXiv:2106.09685.
+    Backends: triton on compute capability >= 8.0 (one product over [x | x a^T] and [weight | b]), torch (two, the second added in
+    place), reference. `auto` takes triton only where it was measured to be faster. Paper: Hu et al. 2021, arXiv:2106.09685.
     """
     _check(x, weight, a, b, bias)
     backend = OP.choose(backend, x, weight, a, b, bias)

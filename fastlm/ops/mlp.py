@@ -52,7 +52,8 @@ def _define(name):
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=_reference,
         torch=_torch,
-        kernels={"torch": (steps.mlp_fwd, steps.mlp_bwd)},
+        kernels={"torch": (steps.mlp_fwd, steps.mlp_bwd), "triton": ("mlp_epilogue:mlp_fwd", "mlp_epilogue:mlp_bwd")},
+        slower=lambda backend, x, *_: steps.why_not_epilogue(x, name == "gated_mlp") if backend == "triton" else None,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
     )
     op.fake(_fake_forward, _fake_backward)
@@ -160,13 +161,20 @@ OP = _define("mlp")
 GATED = _define("gated_mlp")
 
 
+def _direct(x, recompute, needed):
+    """Whether torch's own autograd does: on the CPU, unless x alone is to be saved."""
+    if x.device.type != "cpu" or (recompute and needed):
+        return False
+    return type(x).__name__ != "DTensor"  # torch's products refuse one divided in unequal parts
+
+
 def _run(op, tensors, kind, recompute, backend):
     """`tensors`: x, first, second, down and the three biases."""
     x, gated = tensors[0], op is GATED
     backend = op.choose(backend, *tensors)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if backend == "torch" and x.device.type == "cpu" and not (recompute and needed) and type(x).__name__ != "DTensor":
-        return _torch(*tensors, kind, gated)  # torch's products refuse a DTensor divided in unequal parts
+    if backend == "torch" and _direct(x, recompute, needed):
+        return _torch(*tensors, kind, gated)
     dtype = autocast_dtype(x)
     if dtype is not None and x.dtype != torch.float64:
         tensors = (x.to(dtype), *tensors[1:])
@@ -197,7 +205,7 @@ def mlp(
         activation: "gelu" (x Phi(x), with erf), "gelu_tanh" (its tanh form), "silu" (x sigmoid(x)), "relu" (max(x, 0)) or
             "relu2" (max(x, 0)^2).
         recompute: save x alone for the backward, and pay one more product there.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     Returns:
         y [..., D_out] in x's dtype. Products sum in fp32; fp32 ones follow torch.get_float32_matmul_precision(). The
@@ -211,7 +219,9 @@ def mlp(
         ValueError: shapes that do not fit, an unknown activation, an unknown or unsupported backend. TypeError: a tensor is
         not floating point.
 
-    Backends: torch, reference. Papers: Vaswani et al. 2017, arXiv:1706.03762; GELU,
+    Backends: triton on compute capability >= 8.0 (bias, activation and gate in the epilogue of a product), torch (its products
+    and, on a GPU, our element-wise kernels), reference. `auto` takes triton only where it was measured to be faster.
+    Papers: Vaswani et al. 2017, arXiv:1706.03762; GELU,
     arXiv:1606.08415; squared ReLU, arXiv:2109.08668.
     """
     check_kind("mlp", activation, x=x, up_weight=up_weight, down_weight=down_weight)
@@ -247,7 +257,7 @@ def gated_mlp(
             gate_bias of [2 F] and no up_bias.
         activation: "gelu", "gelu_tanh", "silu", "relu" or "relu2", as in `mlp`.
         recompute: save x alone for the backward, and pay one more product of [2 F, D] there.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     Returns:
         y [..., D_out] in x's dtype; dtypes, sums and autocast as in `mlp`. The gradient of a [2 F, D] matrix is one tensor.
@@ -259,7 +269,9 @@ def gated_mlp(
         ValueError: shapes that do not fit, an unknown activation, an unknown or unsupported backend. TypeError: a tensor is
         not floating point.
 
-    Backends: torch, reference. Paper: Shazeer 2020, arXiv:2002.05202.
+    Backends: triton on compute capability >= 8.0 (bias, activation and gate in the epilogue of a product), torch (its products
+    and, on a GPU, our element-wise kernels), reference. `auto` takes triton only where it was measured to be faster.
+    Paper: Shazeer 2020, arXiv:2002.05202.
     """
     check_kind("gated_mlp", activation, x=x, gate_weight=gate_weight, down_weight=down_weight)
     layers = {"gate": (gate_weight, gate_bias)}

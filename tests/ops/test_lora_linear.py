@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import ops
-from fastlm.testing import Case, check_accuracy, check_op, check_reference
+from fastlm.kernels import lora_linear as steps
+from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, planted_bug
 
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "triton")
 
 
 def _make(bias, sizes=(7, 19, 21, 5)):
@@ -60,8 +62,6 @@ def test_accuracy(name, backend, dtype, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_frozen_weight_costs_no_product_and_gets_no_gradient(backend, device, monkeypatch):
-    from fastlm.kernels import lora_linear as steps
-
     asked = []
     real = steps.weight_grad
     monkeypatch.setattr(steps, "weight_grad", lambda *args: asked.append(args[2].shape) or real(*args))
@@ -96,3 +96,76 @@ def test_errors():
         ops.lora_linear(x, weight, a, b, torch.randn(5))
     with pytest.raises(TypeError, match="lora_linear: weight must be floating point, got torch.int8"):
         ops.lora_linear(x, weight.to(torch.int8), a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saved_are_x_and_the_low_rank_product(backend, device):
+    args = tuple(t.requires_grad_() for t in _make(True)(torch.float32, device))
+    saved, own = {}, {t.untyped_storage().data_ptr() for t in args[1:]}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        ops.lora_linear(*args, backend=backend)
+    x, rank = args[0], args[2].shape[0]
+    assert sum(saved.values()) == x.nbytes + x.shape[0] * x.shape[1] * rank * 4
+
+
+class _Count(TorchDispatchMode):
+    """Storages of all tensors of a given number of elements that operators return."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.alive = numel, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.alive += [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if t.numel() == self.numel]
+        return out
+
+    def made(self):
+        return {t.untyped_storage().data_ptr() for t in self.alive}
+
+
+def test_no_second_tensor_of_the_outputs_size(device):
+    # D = D_out is the widest here, so a temporary of x's, y's or dx's size would be counted.
+    x, weight, a, b = (
+        t.requires_grad_(i != 1) for i, t in enumerate(_make(False, (20, 24, 24, 2))(torch.float32, device))
+    )
+    forward, backward = _Count(x.numel()), _Count(x.numel())
+    with forward:
+        y, u = steps.lora_linear_fwd(x.detach(), weight, a.detach(), b.detach(), None, 2.0)
+    assert forward.made() - {x.untyped_storage().data_ptr()} == {y.untyped_storage().data_ptr()}
+    dy = torch.randn_like(y)
+    with backward:
+        dx = steps.lora_linear_bwd(dy, x.detach(), u, weight, a.detach(), b.detach(), None, 0b01101, 2.0)[0]
+    known = {t.untyped_storage().data_ptr() for t in (x, dy)}
+    assert backward.made() - known == {dx.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("sizes", [(20, 40, 33, 17), (1, 1, 1, 1), (16, 32, 64, 16)], ids=str)
+def test_several_tiles_and_single_elements(sizes, device):
+    check_accuracy(CASES["bias"], "triton", torch.float32, device, _make(True, sizes)(torch.float32, device))
+
+
+BUGS = {
+    "scale": ("lora_product", "    acc *= scale\n", ""),
+    "scale_of_all": ("lora_product", "    if bias_ptr is not None:", "    acc *= scale\n    if bias_ptr is not None:"),
+    "rank_tail": ("products", "k[:, None] < K - start", "k[:, None] < K - start - 1"),
+    "column_tail": ("lora_product", "& (col < N)[None, :]", "& (col < N - 1)[None, :]"),
+    "stride": ("lora_product", "u.stride(0), *b.stride()[::-1]", "u.stride(0), *b.stride()"),
+    "scale_of_da": ("lora_linear", "weight_grad(v, x, a, scale)", "weight_grad(v, x, a)"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_seen(bug, device):
+    file, old, new = BUGS[bug]
+    case = CASES["bias"]
+    wrong = pytest.raises(AssertionError, match="max error|unwritten|NaN or inf")
+    with planted_bug("lora_linear", old, new, file=file), wrong:
+        check_accuracy(case, "triton", torch.float32, device)
+        check_guards(case, "triton", device)  # an unwritten element may by chance hold what was right

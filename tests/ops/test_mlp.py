@@ -1,5 +1,7 @@
 """The ops `mlp` and `gated_mlp`, which share the stem `mlp`."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from fastlm import ops
 from fastlm.testing import (
     Case,
+    _run,
     check_accuracy,
     check_autocast,
     check_compile,
@@ -16,8 +19,10 @@ from fastlm.testing import (
     check_safety,
     check_strides,
     check_transforms,
+    planted_bug,
 )
 
+mlp_module = sys.modules["fastlm.ops.mlp"]  # the name fastlm.ops.mlp is the function's
 PLAIN = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -26,7 +31,7 @@ PLAIN = {
     "relu2": lambda x: F.relu(x) ** 2,
 }
 KINDS = pytest.mark.parametrize("kind", PLAIN)
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "triton")
 
 
 def _make(bias, layers, sizes=(7, 19, 21, 13)):
@@ -101,6 +106,11 @@ def test_contract_of_torch(name, device):
     return None
 
 
+@pytest.mark.parametrize("name", ["mlp", "gated", "packed-recompute"])
+def test_contract_of_triton(name, device):
+    check_op(CASES[name], "triton", device)
+
+
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -141,3 +151,157 @@ def test_errors():
         ops.mlp(x, w, d, None, torch.ones(5, dtype=torch.int64))
     with pytest.raises(ValueError, match="mlp: x must be .* got a single number"):
         ops.mlp(torch.tensor(1.0), w, d)
+
+
+def _saved_bytes(fn, args, parameters):
+    """Bytes saved for the backward in tensors that are not parameters, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    seen = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = fn(*args)
+    return sum(seen.values()), y
+
+
+@pytest.mark.parametrize("layers", [1, 2, "packed"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saved_are_x_and_the_pre_activation(backend, recompute, layers, device):
+    case = _case("silu", layers, recompute=recompute)
+    args = tuple(t.requires_grad_() for t in case.make(torch.float32, device))
+    x, hidden = args[0], args[-1].shape[1]
+    pre = 0 if recompute else x.shape[0] * x.shape[1] * hidden * (1 if layers == 1 else 2) * 4
+    found, y = _saved_bytes(lambda *a: case.fn(*a, backend=backend), args, args[1:])
+    if backend == "torch" and device == "cpu" and not recompute:
+        assert found > x.nbytes + pre  # as plain PyTorch does: the contract says so
+    else:
+        assert found == x.nbytes + pre
+    y.sum().backward()
+    with torch.no_grad():
+        assert _saved_bytes(lambda *a: case.fn(*a, backend=backend), args, args[1:])[0] == 0
+
+
+@pytest.mark.parametrize("layers", [1, 2, "packed"])
+def test_recomputing_changes_no_bit(layers, device):
+    args = _make(True, layers)(torch.bfloat16, device)
+    runs = [_run(lambda *a, r=r: _case("gelu", layers, True, r).fn(*a, backend="triton"), args) for r in (False, True)]
+    for kept, again in zip(*(outs + grads for outs, grads in runs)):
+        assert torch.equal(kept, again)
+
+
+@pytest.mark.parametrize("layers", [1, 2, "packed"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_torchs_products_with_our_element_wise_kernels(layers, recompute, device, monkeypatch):
+    # What the torch backend is on a GPU; here its kernels run in the interpreter.
+    from fastlm.kernels import mlp as steps
+    from fastlm.kernels import mlp_epilogue
+
+    monkeypatch.setattr(steps, "library_form", lambda x: mlp_epilogue.ELEMENTWISE)
+    monkeypatch.setattr(mlp_module, "_direct", lambda *args: False)
+    case = _case("silu", layers, True, recompute)
+    check_guards(case, "torch", device)
+    check_strides(case, "torch", device)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_accuracy(case, "torch", dtype, device)
+
+
+@pytest.mark.parametrize("name", ["mlp", "gated", "packed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_tensors_get_no_gradient_and_cost_no_product(name, backend, device, monkeypatch):
+    from fastlm.kernels import mlp as steps
+
+    asked = []
+    real = steps.weight_grad
+    monkeypatch.setattr(steps, "weight_grad", lambda *args: asked.append(args[2].shape) or real(*args))
+    case = CASES[name]
+    for live in range(len(case.make(torch.float32, device))):
+        torch.manual_seed(0)
+        args = tuple(t.requires_grad_(i == live) for i, t in enumerate(case.make(torch.float32, device)))
+        asked.clear()
+        y = case.fn(*args, backend=backend)
+        y.sum().backward()
+        assert [t.grad is not None for t in args] == [i == live for i in range(len(args))]
+        assert len(asked) <= 1
+        full = tuple(t.detach().requires_grad_() for t in args)
+        case.fn(*full, backend="reference").sum().backward()
+        torch.testing.assert_close(args[live].grad, full[live].grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_matrix_of_another_dtype_and_memory_order(backend, recompute, device):
+    x, up, down = _make(False, 1)(torch.float32, device)
+    x = x.bfloat16()
+    results = []
+    for order in (lambda w: w, lambda w: w.t().contiguous().t()):  # the second as GPT-2's Conv1D hands it over
+        weights = [order(w.clone()).requires_grad_() for w in (up, down)]
+        y = ops.mlp(x, *weights, recompute=recompute, backend=backend)
+        assert y.dtype == torch.bfloat16
+        grads = torch.autograd.grad(y.float().square().sum(), weights)
+        for grad, weight in zip(grads, weights):
+            assert grad.dtype == torch.float32 and grad.stride() == weight.stride()
+        results.append((y, *grads))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other)
+
+
+def test_auto_passes_over_what_was_not_measured_to_be_faster(monkeypatch):
+    from fastlm.kernels import mlp as steps
+
+    x = torch.randn(5, 8)
+    assert "not measured to be faster" in steps.why_not_epilogue(x, True)
+    monkeypatch.setitem(steps.EPILOGUE_WINS, (0, True), (4, 64))
+    assert steps.why_not_epilogue(x, True) is None
+    assert steps.why_not_epilogue(x, False) is not None and steps.why_not_epilogue(x[:3], True) is not None
+
+
+BUGS = {
+    "gate_for_up": ("mlp_epilogue", "gated", "acc, acc2 = add_two", "acc2, acc = add_two"),
+    "bias": ("mlp_epilogue", "mlp", "bias_ptr + col)", "bias_ptr + 0 * col)"),
+    "slope": ("mlp_epilogue", "gated", "(dh * slope)", "dh"),
+    "gate_gradient": ("mlp_epilogue", "gated", "        dh *= tl.load(", "        tl.load("),
+    "value": ("mlp_epilogue", "gated", "(dh * value)", "dh"),
+    "hidden_tail": ("mlp_epilogue", "mlp", "(row < M)[:, None] & (col", "(row < M - 1)[:, None] & (col"),
+    "inner_tail": ("products", "mlp", "k[None, :] < K - start", "k[None, :] < K - start - 1"),
+    "inner_step": ("products", "mlp", "a_tile += BLOCK_K\n        b_tile +=", "b_tile +="),
+    "second_part_of_dx": ("mlp", "gated", "dx.addmm_(parts[1], w2)", "dx"),
+    "grid": ("products", "mlp", "rest // height", "0 * rest // height"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_seen(bug, device):
+    file, name, old, new = BUGS[bug]
+    case = CASES[name]
+    with (
+        planted_bug(case.op, old, new, file=file),
+        pytest.raises(AssertionError, match="max error|unwritten|NaN or inf"),
+    ):
+        check_accuracy(case, "triton", torch.float32, device)
+        check_guards(case, "triton", device)  # an unwritten element may by chance hold what was right
+
+
+@pytest.mark.parametrize("sizes", [(40, 40, 70, 33), (1, 33, 1, 1), (3, 64, 32, 16)], ids=str)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_several_tiles_and_single_elements(sizes, layers, device):
+    args = _make(True, layers, sizes)(torch.float32, device)
+    check_accuracy(_case("silu", layers, True), "triton", torch.float32, device, args)
+
+
+def test_fp32_products_follow_torchs_precision(device):
+    from fastlm.kernels.attention_common import dot_precision
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert dot_precision(torch.float32) == "tf32" and dot_precision(torch.bfloat16) == "ieee"
+        x, up, down = _make(False, 1)(torch.float32, device)
+        torch.testing.assert_close(ops.mlp(x, up, down, backend="triton"), ops.mlp(x, up, down), rtol=1e-2, atol=1e-2)
+    finally:
+        torch.set_float32_matmul_precision(before)
