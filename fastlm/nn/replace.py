@@ -30,6 +30,8 @@ class Forward:
         self.module, self.known = module, known
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs and not self.known.keywords:
+            return original(self.module, *args, **kwargs)
         return self.known.forward(self.module, self.known, *args, **kwargs)
 
     @property

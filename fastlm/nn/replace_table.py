@@ -27,6 +27,7 @@ class Known:
         why_not: why_not(module, known) -> why this module is left as it is, or None.
         names: what the class calls its parts; see the forwards.
         options: further arguments of the op.
+        keywords: whether the forward takes keyword arguments; a call with any goes to the class's own otherwise.
     """
 
     by: str
@@ -34,6 +35,7 @@ class Known:
     why_not: Callable[[nn.Module, Known], str | None]
     names: tuple[str | None, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    keywords: bool = False
 
 
 def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -54,8 +56,9 @@ def projection(layer: Any) -> str | None:
     if kind is not nn.Linear and (kind.__name__, kind.__module__) != ("Conv1D", "transformers.pytorch_utils"):
         return f"is {kind.__name__}, not a plain Linear or Conv1D"
     # FSDP's are DTensors between the calls; other subclasses of tensors (quantised ones) multiply in a way of their own.
-    if type(layer.weight) not in (nn.Parameter, Tensor) and type(layer.weight).__name__ != "DTensor":
-        return f"has a weight of type {type(layer.weight).__name__}"
+    held = type(layer.weight)
+    if held is not nn.Parameter and held is not Tensor and held.__name__ != "DTensor":
+        return f"has a weight of type {held.__name__}"
     return bare(layer)
 
 
@@ -135,9 +138,11 @@ def _why_not_mlp(module, known):
 def _mlp(module, known, x):
     """names: activation, then the projections in the order of the op, None where one matrix holds gate and up."""
     parts = module._modules
-    kind, layers = _activation(parts[known.names[0]]), [name and parts[name] for name in known.names[1:]]
-    same = layers[0].weight.dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
-    if not same or _why_not_mlp(module, known) is not None:
+    act, *layers = (name and parts[name] for name in known.names)
+    kind = _activation(act)
+    if kind is None or bare(act) or any(projection(layer) for layer in layers if layer is not None):
+        return original(module, x)
+    if layers[0].weight.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
         return original(module, x)
     weights = (_rows(layer) for layer in layers)
     biases = (None if layer is None else layer.bias for layer in layers)
@@ -250,11 +255,11 @@ LOSSES = {
     **_all(
         "LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM GemmaForCausalLM Gemma2ForCausalLM"
         " Phi3ForCausalLM Olmo2ForCausalLM SmolLM3ForCausalLM",
-        "ops.linear_cross_entropy", _causal_lm, _why_not_loss, ("CausalLMOutputWithPast",),
+        "ops.linear_cross_entropy", _causal_lm, _why_not_loss, ("CausalLMOutputWithPast",), {}, True,
     ),
     **_all(
         "GPT2LMHeadModel",
-        "ops.linear_cross_entropy", _causal_lm, _why_not_loss, ("CausalLMOutputWithCrossAttentions",),
+        "ops.linear_cross_entropy", _causal_lm, _why_not_loss, ("CausalLMOutputWithCrossAttentions",), {}, True,
     ),
 }  # fmt: skip
 

@@ -2,98 +2,18 @@
 
 import contextlib
 import copy
-import importlib
 import inspect
 import io
-import pkgutil
 
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from fastlm import nn, ops
-from fastlm.nn import replace, replace_table
+from fastlm import ops
+from fastlm.nn import replace
 from fastlm.testing import assert_accurate
-
-V, S = 41, 12
-NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-SIZES = {
-    "vocab_size": V, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, **NO_IDS,
-}  # fmt: skip
-NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-GPT2 = {"vocab_size": V, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, **NO_DROPOUT, **NO_IDS}
-CONFIGS = {
-    "gpt2": lambda **more: transformers.GPT2Config(**{**GPT2, **more}),
-    "llama": lambda **more: transformers.LlamaConfig(**SIZES, **more),
-    "mistral": lambda **more: transformers.MistralConfig(**SIZES, sliding_window=5, **more),
-    "qwen3": lambda **more: transformers.Qwen3Config(**SIZES, **more),
-    "gemma2": lambda **more: transformers.Gemma2Config(**SIZES, sliding_window=5, query_pre_attn_scalar=8, **more),
-    "phi3": lambda **more: transformers.Phi3Config(**SIZES, **more),
-    "olmo2": lambda **more: transformers.Olmo2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}, **more),
-}
-COUNTS = {"gpt2": 9, "llama": 9, "mistral": 9, "qwen3": 13, "gemma2": 13, "phi3": 9, "olmo2": 13}
-
-
-def make(name, dtype=torch.float32, kind=AutoModelForCausalLM, **more):
-    torch.manual_seed(1)
-    model = kind.from_config(CONFIGS[name](**more)).to(dtype)
-    for key, parameter in model.named_parameters():
-        scale = parameter.ndim == 1 and key.endswith("weight") and name != "gemma2"
-        torch.nn.init.normal_(parameter, mean=float(scale), std=0.2)
-    return model
-
-
-def batch(padding=None):
-    tokens = torch.randint(1, V, (2, S), generator=torch.Generator().manual_seed(0))
-    live = torch.ones(2, S, dtype=torch.bool)
-    if padding is None:
-        return {"input_ids": tokens}, live
-    live[1, :5] = False
-    positions = (live.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": tokens.where(live, 0), "attention_mask": live.long(), "position_ids": positions}, live
-
-
-def step(model, padding=None, draws=1):
-    """Logits where there is no padding, and the gradient of every parameter, of several draws one behind the other."""
-    args, live = batch(padding)
-    logits = model(**args, use_cache=False).logits[live]
-    names, parameters = zip(*model.named_parameters())
-    generator, found = torch.Generator().manual_seed(0), []
-    for left in reversed(range(draws)):
-        weight = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits.dtype)
-        found.append(torch.autograd.grad((logits * weight).sum(), parameters, retain_graph=left > 0))
-    return logits.detach(), {name.removeprefix("_orig_mod."): torch.stack(g) for name, g in zip(names, zip(*found))}
-
-
-def same(left, right):
-    assert torch.equal(left[0], right[0]) and left[1].keys() == right[1].keys()
-    assert all(torch.equal(left[1][key], right[1][key]) for key in left[1])
-
-
-def close(left, right, share=2e-5):
-    assert (left[0] - right[0]).abs().max() <= share * left[0].abs().max()
-    largest = max(g.abs().max() for g in left[1].values())
-    for key in left[1]:
-        assert (left[1][key] - right[1][key]).abs().max() <= share * largest, key
-
-
-def exact(model):
-    """The model in fp64 throughout: the norms of transformers, and the eager attention of gemma2, go to fp32."""
-    model = model.double()
-    if model.config._attn_implementation == "eager":
-        nn.transformers.register()
-        model.set_attn_implementation("fastlm")
-
-    def norm(module, offset):
-        eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
-        module.forward = lambda x: x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * (offset + module.weight)
-
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            norm(module, float("Gemma" in type(module).__name__))
-    return model
+from tests.nn.replace_models import CONFIGS, COUNTS, batch, close, exact, losses, make, same, step
 
 
 @pytest.mark.parametrize(
@@ -143,6 +63,9 @@ def test_undo_restores_bit_for_bit(name):
     report = replace(model, loss=True)
     assert model.config._attn_implementation == "fastlm" and implementation != "fastlm"
     close(before, step(model, "left"))
+    norm = next(m for m in model.modules() if type(m).__name__.endswith("Norm"))
+    argument, x = next(iter(inspect.signature(norm.forward).parameters)), torch.randn(2, 3, norm.weight.shape[0])
+    torch.testing.assert_close(norm(**{argument: x}), norm(x))
     report.undo()
     assert model.config._attn_implementation == implementation
     assert {key: sorted(m.__dict__) for key, m in model.named_modules()} == attributes
@@ -348,15 +271,6 @@ def test_quantised_weights_and_other_activations_are_kept():
         assert list(report.kept) == ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
-@pytest.mark.parametrize("kind", ["silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2"])
-def test_activations(kind):
-    for name, option in (("llama", "hidden_act"), ("gpt2", "activation_function")):
-        plain = make(name, **{option: kind})
-        ours = copy.deepcopy(plain)
-        assert not replace(ours, norms=False, attention=False).kept
-        close(step(plain), step(ours))
-
-
 def test_dropout_draws_as_before():
     plain = make("gpt2", resid_pdrop=0.3).train()
     ours = copy.deepcopy(plain)
@@ -367,11 +281,6 @@ def test_dropout_draws_as_before():
         found.append(step(model))
     close(*found)
     assert not torch.equal(step(ours)[0], found[1][0])
-
-
-@contextlib.contextmanager
-def no_context():
-    yield
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -387,106 +296,10 @@ def test_mixed_dtypes_and_autocast(name):
     norm = plain.get_submodule("transformer.h.0.ln_1" if name == "gpt2" else "model.norm")
     mine = ours.get_submodule("transformer.h.0.ln_1" if name == "gpt2" else "model.norm")
     x = torch.randn(2, 3, 32, dtype=torch.bfloat16)
-    for context in (no_context(), torch.autocast("cpu", torch.bfloat16)):
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         with context:
             assert mine(x).dtype is norm(x).dtype
     assert not torch.equal(mine(x), x)
-
-
-def losses(model, **options):
-    """The loss of a call, and the gradient of every parameter."""
-    args, live = batch("left")
-    # What a padding token predicts is not asked: attentions differ in what a query without a key gets.
-    labels = args["input_ids"].where(live & live.roll(1, 1), options.get("ignore_index", -100))
-    model.zero_grad(set_to_none=True)
-    out = model(**args, labels=labels, use_cache=False, **options)
-    loss = out[0]
-    loss.backward()
-    return out, (loss.detach()[None], {key: p.grad.clone() for key, p in model.named_parameters()})
-
-
-OPTIONS = [
-    {},
-    {"num_items_in_batch": 7},
-    {"num_items_in_batch": torch.tensor(31)},
-    {"ignore_index": 3},
-    {"shift_labels": torch.arange(2 * S).view(2, S) % V},
-    {"return_dict": False},
-    {"output_hidden_states": True},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: next(iter(o), "plain"))
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_loss(name, options):
-    plain = make(name).train()
-    ours = copy.deepcopy(plain)
-    assert "(the model)" in replace(ours, loss=True).replaced
-    (theirs, want), (mine, got) = losses(plain, **options), losses(ours, **options)
-    close(want, got)
-    if options.get("return_dict", True):
-        assert type(mine) is type(theirs) and mine.logits is None and theirs.logits is not None
-        assert mine.keys() == theirs.keys() - {"logits"}
-    else:
-        assert type(mine) is tuple and len(mine) == len(theirs) - 1
-
-
-def test_loss_is_exact():
-    """Under the accuracy rule, against cross-entropy in fp64 of the logits of the fp64 model."""
-    plain = make("llama", torch.bfloat16).train()
-    ours, right = copy.deepcopy(plain), exact(copy.deepcopy(plain))
-    replace(ours, loss=True)
-
-    def double(logits, labels, vocab_size, **_):
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-    right.loss_function = double
-    found = [losses(model)[1] for model in (ours, right, plain)]
-    assert_accurate(*(loss for loss, _ in found), "loss")
-    for key in found[0][1]:
-        assert_accurate(*(gradients[key] for _, gradients in found), key)
-
-
-def test_logits_are_there_wherever_the_loss_is_not_ours():
-    model = make("llama").eval()
-    args = batch()[0]
-    want = model(**args).logits
-    report = replace(model, loss=True, norms=False, mlps=False, attention=False)
-    tokens = args["input_ids"]
-    for found in (model(tokens), model(tokens, labels=tokens), model.train()(tokens)):
-        assert torch.equal(found.logits, want)
-    out = model(tokens, labels=tokens[:, -3:], logits_to_keep=3)
-    torch.testing.assert_close(out.logits, want[:, -3:])
-    assert out.loss is not None
-    assert model(tokens, None, None, None, None, tokens).logits is None  # labels by their place
-    handle = model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
-    torch.testing.assert_close(model(tokens, labels=tokens).logits, want * 2)
-    handle.remove()
-    model.loss_function = lambda logits, labels, **_: logits.sum()
-    assert torch.equal(model(tokens, labels=tokens).loss, want.sum())
-    report.undo()
-    assert replace(model, loss=True).kept == {
-        "(the model)": "LlamaForCausalLM: its loss_function is not transformers' own for causal language models"
-    }
-    # All labels ignored: 0 and no gradient, where the model's own is NaN.
-    model = make("llama").train()
-    replace(model, loss=True)
-    loss = model(tokens, labels=torch.full_like(tokens, -100)).loss
-    loss.backward()
-    assert loss == 0 and not any(p.grad.any() for p in model.parameters())
-
-
-def test_softcap_of_the_logits_and_models_whose_loss_is_not_known():
-    plain = make("gemma2", final_logit_softcapping=2.0).train()
-    plain.set_attn_implementation("eager")  # sdpa has no softcap
-    ours = copy.deepcopy(plain)
-    replace(ours, loss=True)
-    (_, want), (out, got) = losses(plain), losses(ours)
-    assert out.logits is None
-    close(want, got)
-    config = transformers.GraniteConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"})
-    report = replace(AutoModelForCausalLM.from_config(config), loss=True)
-    assert report.kept == {"(the model)": "GraniteForCausalLM: its loss is not known to be that of plain logits"}
 
 
 def test_other_heads_bare_models_and_wrappers():
@@ -515,41 +328,6 @@ def test_other_heads_bare_models_and_wrappers():
             assert torch.equal(call(tokens)[0], want)
 
 
-class Plain(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = torch.nn.LayerNorm(16), torch.nn.RMSNorm(16)
-        self.c, self.d = torch.nn.LayerNorm((3, 16)), nn.RMSNorm(16)
-        self.e, self.f = torch.nn.RMSNorm(16, elementwise_affine=False), torch.nn.GroupNorm(1, 3)
-        self.g = torch.nn.MultiheadAttention(16, 2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_norms_of_torch(dtype):
-    model = Plain().to(dtype)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    plain = copy.deepcopy(model)
-    report = replace(model)
-    assert report.replaced == {
-        "a": "LayerNorm: ops.layer_norm",
-        "b": "RMSNorm: ops.rms_norm",
-        "e": "RMSNorm: ops.rms_norm",
-    }
-    assert report.kept == {
-        "c": "LayerNorm: normalises over [3, 16], more than the last dimension",
-        "f": "GroupNorm: not a class that is known (torch.nn.modules.normalization.GroupNorm)",
-        "g": "MultiheadAttention: build the model with fastlm.nn.MultiheadAttention",
-    }
-    x = (torch.randn(2, 3, 16) * 1e-2).to(dtype)  # small: eps counts, and RMSNorm's default depends on the dtype
-    for name in "abe":
-        exact = plain.get_submodule(name).double()(x.double())
-        if name != "a":
-            exact = torch.nn.functional.rms_norm(x.double(), (16,), getattr(plain, name).weight, torch.finfo(dtype).eps)
-        theirs = plain.get_submodule(name).to(dtype)(x)
-        assert_accurate(model.get_submodule(name)(x), exact, theirs, name)
-
-
 def test_report_reads_well():
     model = make("llama", hidden_act="quick_gelu")
     model.model.layers[1].mlp.act_fn = torch.nn.SiLU()
@@ -574,103 +352,3 @@ def test_only_what_is_asked_for():
     ):
         report = replace(make("llama"), **options)
         assert {text.split(":")[0] for text in report.replaced.values()} == kinds and not report.kept
-
-
-def test_a_forward_that_changed_since_is_noticed(monkeypatch):
-    """transformers may write another formula into a class of the same name."""
-
-    def doubled(self, x):
-        return 2 * self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm.forward", doubled)
-    report = replace(make("llama"), mlps=False, attention=False)
-    assert not report.replaced
-    assert set(report.kept.values()) == {"LlamaRMSNorm: ops.rms_norm gives other values than this version of the class"}
-    model = make("llama")
-    model.model.norm.forward = lambda x: x
-    assert replace(model, mlps=False, attention=False).kept["model.norm"].endswith("replaced by others already")
-    meta = make("gpt2").to("meta")
-    assert len(replace(meta).replaced) == COUNTS["gpt2"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "name",
-    ["llama.LlamaRMSNorm", "t5.T5LayerNorm", "gpt_oss.GptOssRMSNorm", "gemma3.Gemma3RMSNorm", "cohere.CohereLayerNorm"],
-)
-def test_norms_of_transformers(name, dtype):
-    folder, kind = name.split(".")
-    norm = getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), kind)(48).to(dtype)
-    torch.nn.init.normal_(norm.weight)
-    x = torch.randn(5, 48, dtype=dtype) * 3
-    double = x.double() - (x.double().mean(-1, keepdim=True) if name.startswith("cohere") else 0)
-    exact = (
-        double
-        * (
-            double.pow(2).mean(-1, keepdim=True) + (norm.eps if name.startswith("gemma") else norm.variance_epsilon)
-        ).rsqrt()
-    )
-    exact = exact * (norm.weight.double() + name.startswith("gemma"))
-    theirs = norm(x)
-    assert replace(norm).replaced
-    assert_accurate(norm(x), exact, theirs, name)
-    other = x.to(torch.float32 if dtype is torch.bfloat16 else torch.bfloat16)
-    assert norm(other).dtype is type(norm).forward(norm, other).dtype
-
-
-def test_mlps_of_transformers():
-    sizes = {"hidden_size": 32, "intermediate_size": 40, "mlp_bias": True}
-    for kind, config in (
-        ("nemotron.NemotronMLP", transformers.NemotronConfig(**sizes)),
-        ("clip.CLIPMLP", transformers.CLIPTextConfig(hidden_size=32, intermediate_size=40, hidden_act="gelu")),
-        ("gpt_bigcode.GPTBigCodeMLP", transformers.GPTBigCodeConfig(n_embd=32, resid_pdrop=0.0)),
-    ):
-        folder, kind = kind.split(".")
-        kind = getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), kind)
-        mlp = kind(*((40, config) if folder == "gpt_bigcode" else (config,)))
-        x = torch.randn(3, 5, 32)
-        want = mlp(x)
-        assert list(replace(mlp).replaced) == ["(the model)"]
-        torch.testing.assert_close(mlp(x), want, rtol=1e-5, atol=1e-5)
-
-
-def _classes():
-    """name -> every class of that name in transformers' models."""
-    wanted, found = {**replace_table.NORMS, **replace_table.MLPS, **replace_table.LOSSES}, {}
-    import transformers.models as models
-
-    for folder in pkgutil.iter_modules(models.__path__):
-        source = f"transformers.models.{folder.name}.modeling_{folder.name}"
-        stems = tuple(name for name in wanted if name.lower().startswith(folder.name.replace("_", "").lower()))
-        if stems and importlib.util.find_spec(source):
-            module = importlib.import_module(source)
-            for name in stems:
-                if name in vars(module):
-                    found[name] = vars(module)[name]
-    return found
-
-
-def _code(kind):
-    """What the class computes, without docstrings and annotations."""
-    found = []
-    for name in ("forward", "_norm"):
-        function = inspect.unwrap(vars(kind)[name]) if name in vars(kind) else None
-        if function is not None:
-            code = function.__code__
-            found += [code.co_code, code.co_names, [c for c in code.co_consts if not isinstance(c, str)]]
-    return found
-
-
-def test_the_table_is_true_of_this_transformers():
-    """Classes that share an entry have, instruction for instruction, one forward; the first of each is tested above or below."""
-    classes, groups = _classes(), {}
-    for table in (replace_table.NORMS, replace_table.MLPS):
-        for name, entry in table.items():
-            assert name in classes, name
-            line = entry.by, entry.forward, entry.names, str(entry.options), name.endswith("T5LayerNorm")
-            groups.setdefault(line, []).append(name)
-    different = {
-        key: [name for name in names if _code(classes[name]) != _code(classes[names[0]])]
-        for key, names in groups.items()
-    }
-    assert not {key: names for key, names in different.items() if names}
