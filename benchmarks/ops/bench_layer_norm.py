@@ -3,46 +3,89 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Aot, Bench, compiled, meta, ours, plain
+from benchmarks.harness import Aot, Bench, Provider, compiled, meta, ours, plain
 from fastlm import ops
 
 
-def make(dtype, device, M, N, residual=False):
-    x = torch.randn(M, N, device=device).to(dtype).requires_grad_()
+def make(dtype, device, M, N, residual=False, heads=None):
+    """x [M, N], or the first `heads` heads of a fused product [M, 3 * heads, N] with a norm over each."""
+    shape = (M, N) if heads is None else (M, 3 * heads, N)
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
     weight = (1 + 0.3 * torch.randn(N, device=device)).to(dtype).requires_grad_()
     bias = torch.randn(N, device=device).to(dtype).requires_grad_()
     return x, weight, bias, torch.randn(M, N, device=device).to(dtype).requires_grad_() if residual else None
 
 
+def rows(x):
+    return x if x.ndim == 2 else x[:, : x.shape[1] // 3]
+
+
 def by_hand(x, weight, bias, residual):
-    s = x if residual is None else x + residual
+    s = rows(x) if residual is None else x + residual
     y = F.layer_norm(s, s.shape[-1:], weight, bias, 1e-5)
     return y if residual is None else (y, s)
+
+
+def op(x, weight, bias, residual, backend):
+    return ops.layer_norm(rows(x), weight, bias, 1e-5, residual=residual, backend=backend)
+
+
+def liger():
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    def fn(x, weight, bias, residual):
+        if residual is not None:
+            raise NotImplementedError("it has no residual add")
+        return liger_layer_norm(rows(x), weight, bias, 1e-5)
+
+    return fn
+
+
+def quack():
+    from quack import layernorm
+
+    def fn(x, weight, bias, residual):
+        if residual is not None:
+            raise NotImplementedError("it has no residual add")
+        return layernorm(rows(x), weight.float(), bias.float(), eps=1e-5)
+
+    return fn
 
 
 def traffic(mode, x, weight, bias, residual):
     # Forward reads x (and the residual) and writes y (and the sum); backward reads dy, x (and the sum's gradient), writes dx.
     tensors = {"forward": 2 if residual is None else 4, "backward": 3 if residual is None else 4}[mode]
-    return tensors * x.nbytes + weight.nbytes + bias.nbytes
+    return tensors * rows(x).nbytes + weight.nbytes + bias.nbytes
 
 
 BENCH = Bench(
     op="layer_norm",
     make=make,
-    reference=lambda x, w, b, residual: ops.layer_norm(x, w, b, 1e-5, residual=residual, backend="reference"),
+    reference=lambda *args: op(*args, backend="reference"),
     providers=[
-        *ours("layer_norm", lambda x, w, b, r, backend: ops.layer_norm(x, w, b, 1e-5, residual=r, backend=backend)),
+        *ours("layer_norm", op),
         plain(by_hand),
         compiled(by_hand),
+        Provider("liger", liger),
+        Provider("quack", quack),
     ],
     sizes={
         "tiny": [{"M": 8, "N": 48}, {"M": 8, "N": 48, "residual": True}],
-        "cpu": [{"M": 1024, "N": 384}, {"M": 1024, "N": 768, "residual": True}],
+        "cpu": [{"M": 1024, "N": 768}, {"M": 1024, "N": 768, "residual": True}, {"M": 4, "N": 64}],
         "quick": [
+            {"M": 1 << 20, "N": 128},
             {"M": 8192, "N": 768, "residual": True},
             {"M": 8192, "N": 4096},
             {"M": 8192, "N": 4096, "residual": True},
             {"M": 4096, "N": 16384},
+        ],
+        "full": [
+            *({"M": 1 << 20, "N": n} for n in (64, 128, 256)),
+            {"M": 1 << 15, "N": 128, "heads": 32},
+            *({"M": 8192, "N": n, "residual": r} for n in (768, 1024, 4096, 8192) for r in (False, True)),
+            *({"M": 4096, "N": n} for n in (16384, 32768)),
+            {"M": 2048, "N": 65536},
+            {"M": 512, "N": 262144},
         ],
     },
     traffic=traffic,
