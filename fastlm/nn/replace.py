@@ -161,12 +161,9 @@ def _replace_one(name: str, module: nn.Module, entry: Known, report: Report, pro
 
 def _unknown(module: nn.Module, norms: bool, mlps: bool, loss: bool) -> str | None:
     """Why a module that looks like one to be replaced is not, or None for all others."""
-    kind = type(module)
-    if "forward" not in {name for c in kind.__mro__[:-1] for name in c.__dict__}:
-        return None
-    owner = defining_class(module)
-    if owner.__module__.startswith("fastlm."):
-        return None
+    kind, owner = type(module), defining_class(module)
+    if owner is nn.Module or owner.__module__.startswith("fastlm."):
+        return None  # a container, or ours
     if loss and re.search(r"(ForCausalLM|LMHeadModel)$", owner.__name__):
         return "its loss is not known to be that of plain logits"
     found = _LOOKS_LIKE.search(kind.__name__)

@@ -265,6 +265,9 @@ def test_quantised_weights_and_other_activations_are_kept():
     down = model.model.layers[0].mlp.down_proj
     down.weight = Packed(down.weight.data)
     assert "its down_proj has a weight of type Packed" in replace(model).kept["model.layers.0.mlp"]
+    model = make("llama")
+    model.config.pretraining_tp = 2
+    assert set(replace(model).kept.values()) == {"LlamaMLP: its config asks for pretraining_tp"}
     for kind, name in (("quick_gelu", "QuickGELUActivation"), ("sigmoid", "Sigmoid")):
         report = replace(make("llama", hidden_act=kind))
         assert set(report.kept.values()) == {f"LlamaMLP: the op has no activation {name}"}

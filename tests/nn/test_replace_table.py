@@ -1,6 +1,7 @@
 """What replace puts in place of single classes, and of the loss, computes what they do."""
 
 import copy
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -154,6 +155,17 @@ def test_a_forward_that_changed_since_is_noticed(monkeypatch):
     report = replace(make("llama"), mlps=False, attention=False)
     assert not report.replaced
     assert set(report.kept.values()) == {"LlamaRMSNorm: ops.rms_norm gives other values than this version of the class"}
+    monkeypatch.undo()
+    wrong = {
+        "LlamaRMSNorm": (replace_table.NORMS, {"options": {"weight_offset": 1.0}}),
+        "LlamaMLP": (replace_table.MLPS, {"names": ("act_fn", "up_proj", "gate_proj", "down_proj")}),
+        "GPT2MLP": (replace_table.MLPS, {"forward": lambda module, known, x: module.c_proj(module.c_fc(x))}),
+    }
+    for name, (table, change) in wrong.items():  # planted bugs
+        monkeypatch.setitem(table, name, dataclasses.replace(table[name], **change))
+        report = replace(make("gpt2" if name == "GPT2MLP" else "llama"), attention=False)
+        assert {text.split(":")[0] for text in report.kept.values()} == {name}
+        monkeypatch.undo()
     model = make("llama")
     model.model.norm.forward = lambda x: x
     assert replace(model, mlps=False, attention=False).kept["model.norm"].endswith("replaced by others already")
