@@ -160,11 +160,28 @@ def inverse(denominator, dtype):
     return denominator.reciprocal().masked_fill_(denominator == 0, 0)
 
 
-def weighted(loss, token_weight, target, ignore_index):
-    """loss times token_weight, flat, with 0 in ignored rows whatever their weight."""
-    if token_weight is None:
-        return loss
-    return (loss * token_weight.reshape(-1)).masked_fill_(target.reshape(-1) == ignore_index, 0)
+def row_scales(hidden, target, token_weight, denominator):
+    """What multiplies every row's gradient, [N] in fp32 or None for ones, and what is left to multiply the sum by, 0-d."""
+    wide = compute_dtype(hidden.dtype)
+    left = torch.empty((), dtype=wide, device=hidden.device).fill_(1.0)
+    scale = None if token_weight is None else token_weight.reshape(-1).to(wide).contiguous()
+    if denominator is None:
+        return scale, left
+    share = inverse(denominator, wide)
+    if hidden.dtype == torch.float16:
+        return scale, share  # probabilities / live tokens would often be below fp16's smallest number
+    if scale is None:
+        return share.expand(target.numel()).contiguous(), left  # so that the products' results are rounded once
+    return scale * share, left
+
+
+def reduced(loss, target, token_weight, denominator, ignore_index, reduction):
+    """The op's result from the losses [N] before token weights. Ignored rows stay 0 whatever their weight."""
+    if token_weight is not None:
+        loss = (loss * token_weight.reshape(-1).to(loss.dtype)).masked_fill_(target.reshape(-1) == ignore_index, 0)
+    if reduction == "none":
+        return loss.view(target.shape)
+    return loss.sum() if denominator is None else loss.sum() * inverse(denominator, loss.dtype)
 
 
 def forward(rows, hidden, weight, bias, target, token_weight, class_weight, denominator, ignore_index, label_smoothing,
@@ -176,25 +193,11 @@ def forward(rows, hidden, weight, bias, target, token_weight, class_weight, deno
     """
     options = (ignore_index, label_smoothing, z_loss, scale, softcap)
     need = (need_dhidden, need_dweight, need_dbias) if reduction != "none" else (False, False, False)
-    wide = compute_dtype(hidden.dtype)
-    left = torch.empty((), dtype=wide, device=hidden.device).fill_(1.0)
-    row_scale = token_weight = None if token_weight is None else token_weight.reshape(-1).to(wide).contiguous()
-    if denominator is not None:
-        share = inverse(denominator, wide)
-        if hidden.dtype == torch.float16:
-            left = share  # probabilities / live tokens would often be below fp16's smallest number
-        elif row_scale is None:
-            row_scale = share.expand(target.numel()).contiguous()  # so that the products' results are rounded once
-        else:
-            row_scale = row_scale * share
+    row_scale, left = row_scales(hidden, target, token_weight, denominator)
     loss, gradients = _run(
         rows, hidden, weight, bias, target, row_scale, class_weight, options, narrow, logits_bytes, need
     )
-    loss = weighted(loss, token_weight, target, ignore_index)
-    if reduction == "none":
-        return loss.view(target.shape), *gradients, left
-    loss = loss.sum()
-    return loss if denominator is None else loss * share, *gradients, left
+    return reduced(loss, target, token_weight, denominator, ignore_index, reduction), *gradients, left
 
 
 def backward(rows, scaled, dloss, hidden, weight, bias, target, token_weight, class_weight, denominator, dhidden, dweight,
@@ -225,13 +228,19 @@ def logprobs_of(stats, target, vocabulary, ignore_index):
     return logp, lse, entropy, (picked >= peak) & valid & ~ignored, torch.stack((peak, log_sum))
 
 
-def logprobs_forward(statistics, hidden, weight, bias, target, ignore_index, scale, softcap, logits_bytes, *_):
-    """-> logp, lse, entropy, hit, each like target, and what the backward needs of them, [2, *target.shape]."""
+def logprobs_statistics(statistics, hidden, weight, bias, target, scale, softcap, logits_bytes):
+    """-> stats [5, N] of all rows."""
     chunks, flat = Chunks(hidden, weight, bias, logits_bytes), target.reshape(-1)
     stats = torch.empty((5, flat.shape[0]), dtype=compute_dtype(hidden.dtype), device=hidden.device)
     for here, logits in chunks:
-        statistics(logits, flat[here], 0, stats[:, here], False, scale, softcap)
-    *found, saved = logprobs_of(stats, flat, weight.shape[0], ignore_index)
+        statistics(logits, flat[here], stats[:, here], False, scale, softcap)
+    return stats
+
+
+def logprobs_forward(statistics, hidden, weight, bias, target, ignore_index, scale, softcap, logits_bytes):
+    """-> logp, lse, entropy, hit, each like target, and what the backward needs of them, [2, *target.shape]."""
+    stats = logprobs_statistics(statistics, hidden, weight, bias, target, scale, softcap, logits_bytes)
+    *found, saved = logprobs_of(stats, target.reshape(-1), weight.shape[0], ignore_index)
     return *(t.view(target.shape) for t in found), saved.view(2, *target.shape)
 
 
@@ -246,8 +255,6 @@ def logprobs_backward(gradient, dlogp, dlse, dentropy, hidden, weight, bias, tar
         row.zero_() if t is None else row.copy_(t.reshape(-1))
     gradients = Gradients(chunks.h, weight, bias, chunks.count, need)
     for here, logits in chunks:
-        gradient(
-            logits, flat[here], 0, factors[:, here], None, False, dentropy is not None, ignore_index, scale, softcap
-        )
+        gradient(logits, flat[here], factors[:, here], None, False, dentropy is not None, ignore_index, scale, softcap)
         gradients.add(logits, chunks.h[here], chunks.weight, here.start)
     return gradients.result(hidden.shape)

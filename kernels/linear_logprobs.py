@@ -1,11 +1,11 @@
 """Row statistics of logits and gradients from them, in two kernels: what a loss needs whose statistics are finished outside, over
 other rows or other ranks; and the loops over chunks of linear_logprobs (see chunked_loss.py). One program owns a row.
 
-    statistics(logits, target, first, stats, class_weight, scale, softcap)
-        logits [R, V] hold the classes first, first + 1, ...; writes stats [5, R] fp32: per row the maximum of x,
+    statistics(logits, target, stats, class_weight, scale, softcap)
+        logits [R, V], target [R]; writes stats [5, R] fp32: per row the maximum of x,
         sum exp(x - maximum), sum exp(x - maximum) (x - maximum), sum w x (w: class_weight [V] fp32, None for ones, False where
-        the sum is not wanted) and x of the target, 0 if that is not among these classes.
-    gradient(logits, target, first, factors, class_weight, spread, entropy, ignore_index, scale, softcap)
+        the sum is not wanted) and x of the target, 0 if that is not in [0, V).
+    gradient(logits, target, factors, class_weight, spread, entropy, ignore_index, scale, softcap)
         overwrites logits by d(loss)/d(logits), d(loss)/dx being hit (p - onehot) + all p - even w - dentropy p (log p + H), or
         0 in ignored rows; factors [7, R] fp32: maximum and log sum exp(x - maximum) over all classes, hit, all, even (read if
         `spread`), dentropy, H (read if `entropy`).
@@ -37,12 +37,12 @@ def _add_tile(z_ptr, col, mask, inside, weight_ptr, peak, sums, moments, total, 
 
 @triton.jit(do_not_specialize=["stride_s"])
 def _loss_statistics_kernel(
-    z_ptr, target_ptr, stats_ptr, weight_ptr, stride_z, stride_s, V, first, scale, softcap, TOTAL: tl.constexpr,
+    z_ptr, target_ptr, stats_ptr, weight_ptr, stride_z, stride_s, V, scale, softcap, TOTAL: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     z_ptr += row.to(tl.int64) * stride_z
-    index = tl.load(target_ptr + row) - first
+    index = tl.load(target_ptr + row)
     here = (index >= 0) & (index < V)
     picked = logit(z_ptr + tl.where(here, index, 0), None, scale, softcap, SOFTCAP)
     lane = tl.arange(0, BLOCK_V)
@@ -67,12 +67,12 @@ def _loss_statistics_kernel(
 
 
 @triton.jit
-def _write_tile(z_ptr, col, mask, inside, weight_ptr, index, peak, log_sum, hit, everywhere, even, dentropy, height, live,
+def _write_tile(z_ptr, col, mask, inside, weight_ptr, target, peak, log_sum, hit, everywhere, even, dentropy, height, live,
                 scale, softcap, SPREAD: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
     x = logit(z_ptr + col, mask, scale, softcap, SOFTCAP)
     log_p = (x - peak) - log_sum  # not x - lse: a large lse is rounded, x - peak is not
     p = tl.exp(log_p)
-    g = hit * (p - tl.where(col == index, 1.0, 0.0))
+    g = hit * (p - tl.where(col == target, 1.0, 0.0))
     g += everywhere * p  # last: it would round away what is left of p - 1
     if ENTROPY:
         log_p = tl.where(log_p < -1000.0, -1000.0, log_p)  # -inf times its p of 0 would be NaN
@@ -87,7 +87,7 @@ def _write_tile(z_ptr, col, mask, inside, weight_ptr, index, peak, log_sum, hit,
 
 @triton.jit(do_not_specialize=["stride_f"])
 def _loss_gradient_kernel(
-    z_ptr, target_ptr, factors_ptr, weight_ptr, stride_z, stride_f, V, first, ignore_index, scale, softcap,
+    z_ptr, target_ptr, factors_ptr, weight_ptr, stride_z, stride_f, V, ignore_index, scale, softcap,
     SPREAD: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -95,7 +95,6 @@ def _loss_gradient_kernel(
     factors_ptr += row
     target = tl.load(target_ptr + row)
     live = target != ignore_index
-    index = target - first
     peak = tl.load(factors_ptr)
     log_sum = tl.load(factors_ptr + stride_f)
     hit = tl.load(factors_ptr + 2 * stride_f)
@@ -107,10 +106,10 @@ def _loss_gradient_kernel(
     full = V // BLOCK_V * BLOCK_V
     tail = full + lane
     for start in range(0, full, BLOCK_V):
-        _write_tile(z_ptr, start + lane, None, None, weight_ptr, index, peak, log_sum, hit, everywhere, even, dentropy,
+        _write_tile(z_ptr, start + lane, None, None, weight_ptr, target, peak, log_sum, hit, everywhere, even, dentropy,
                     height, live, scale, softcap, SPREAD, ENTROPY, SOFTCAP)  # fmt: skip
     if full < V:
-        _write_tile(z_ptr, tail, tail < stride_z, tail < V, weight_ptr, index, peak, log_sum, hit, everywhere, even,
+        _write_tile(z_ptr, tail, tail < stride_z, tail < V, weight_ptr, target, peak, log_sum, hit, everywhere, even,
                     dentropy, height, live, scale, softcap, SPREAD, ENTROPY, SOFTCAP)  # fmt: skip
 
 
@@ -121,19 +120,19 @@ def _launch(logits):
     return (rows,), stride, vocabulary, {"BLOCK_V": block, "num_warps": max(4, min(16, block // 512))}
 
 
-def statistics(logits, target, first, stats, class_weight, scale, softcap):
+def statistics(logits, target, stats, class_weight, scale, softcap):
     grid, stride, vocabulary, settings = _launch(logits)
     _loss_statistics_kernel[grid](
         logits, target.contiguous(), stats, None if class_weight is False else class_weight, stride, stats.stride(0),
-        vocabulary, first, scale, 1.0 if softcap is None else softcap,
+        vocabulary, scale, 1.0 if softcap is None else softcap,
         TOTAL=class_weight is not False, SOFTCAP=softcap is not None, **settings,
     )  # fmt: skip
 
 
-def gradient(logits, target, first, factors, class_weight, spread, entropy, ignore_index, scale, softcap):
+def gradient(logits, target, factors, class_weight, spread, entropy, ignore_index, scale, softcap):
     grid, stride, vocabulary, settings = _launch(logits)
     _loss_gradient_kernel[grid](
-        logits, target.contiguous(), factors, class_weight, stride, factors.stride(0), vocabulary, first, ignore_index,
+        logits, target.contiguous(), factors, class_weight, stride, factors.stride(0), vocabulary, ignore_index,
         scale, 1.0 if softcap is None else softcap,
         SPREAD=spread, ENTROPY=entropy, SOFTCAP=softcap is not None, **settings,
     )  # fmt: skip

@@ -68,12 +68,11 @@ def _aot_of_a_part(classes):
     fp32 = {"dtype": torch.float32}
     logits, target, weight = meta(ROWS, classes), meta(ROWS, dtype=torch.int64), meta(classes, **fp32)
     return [
-        Aot("linear_logprobs:statistics", logits, target, classes, meta(5, ROWS, **fp32), weight, 1.0, 30.0),
+        Aot("linear_logprobs:statistics", logits, target, meta(5, ROWS, **fp32), weight, 1.0, 30.0),
         Aot(
             "linear_logprobs:gradient",
             logits,
             target,
-            classes,
             meta(7, ROWS, **fp32),
             weight,
             True,

@@ -65,7 +65,7 @@ def _small(hidden, weight, bias, target, token_weight, class_weight, denominator
     return loss if denominator is None else loss * chunked_loss.inverse(denominator, loss.dtype)
 
 
-def _scale_(t, factor):
+def scale_in_place(t, factor):
     """t *= factor (0-d), rounded once, a block at a time: torch would round the factor itself to t's 16 bits."""
     if factor.device.type == "cpu" and factor == 1:
         return
@@ -178,7 +178,7 @@ class _InPlace(torch.autograd.Function):
             if backend == "triton":
                 from fastlm.kernels.linear_cross_entropy import scale_
             else:
-                scale_ = _scale_
+                scale_ = scale_in_place
             for g in grads:
                 scale_(g, dloss * left)
         return *(g if needed else None for g, needed in zip(grads, need)), *nothing
@@ -305,9 +305,9 @@ def linear_cross_entropy(
     only has the weight's dtype from the start. Under torch.compile and DTensor gradients and their scaled copies coexist. On
     the CPU up to two million logits are left to torch's own calls, which hold them all.
 
-    Over a group: every rank gets the whole loss, input's whole gradient and those of its own rows. Per chunk two all-reduces of
-    row statistics, one more of input's gradient. Reference: gather the weights. Not for torch.compile, DTensor or derivatives
-    of second order.
+    Over a group every rank gets the whole loss, input's whole gradient and those of its own rows, by two all-reduces of row
+    statistics and one of input's gradient; all ranks must call alike. Logits beyond logits_bytes are made a second time (four
+    products). Reference: gather the weights. Not for torch.compile, DTensor or derivatives of second order.
 
     Raises:
         ValueError: shapes that do not fit, a target out of range (CPU), an unknown reduction or a number out of range, a

@@ -84,13 +84,12 @@ def cross_entropy_rows(logits, target, loss, row_scale, class_weight, class_sum,
     loss.masked_fill_(index.squeeze(1) != target, torch.nan).masked_fill_(ignored, 0)
 
 
-def statistics(logits, target, first, stats, class_weight, scale, softcap):
-    """Writes stats [5, R] of logits [R, V], the classes first, first + 1, ...: per row the maximum of x, sum exp(x - maximum),
-    sum exp(x - maximum) (x - maximum), sum w x (w: class_weight [V] or ones; class_weight False: 0) and x of the target (0 if
-    the target is not among these classes)."""
+def statistics(logits, target, stats, class_weight, scale, softcap):
+    """Writes stats [5, R] of logits [R, V]: per row the maximum of x, sum exp(x - maximum), sum exp(x - maximum) (x - maximum),
+    sum w x (w: class_weight [V] or ones; class_weight False: 0) and x of the target (0 if the target is not in [0, V))."""
     vocabulary = logits.shape[1]
-    index = (target - first).clamp(0, vocabulary - 1).unsqueeze(1)
-    here_not = index.squeeze(1) != target - first
+    index = target.clamp(0, vocabulary - 1).unsqueeze(1)
+    elsewhere = index.squeeze(1) != target
     for here in _blocks(logits, stats.dtype):
         x = _capped(logits[here], stats.dtype, scale, softcap)
         peak = x.amax(-1, keepdim=True).clamp_(min=-3.0e38)  # finite, so that -inf - peak is -inf
@@ -104,10 +103,10 @@ def statistics(logits, target, first, stats, class_weight, scale, softcap):
         stats[2, here] = e.mul_(below).sum(-1)
     if class_weight is False:
         stats[3] = 0
-    stats[4].masked_fill_(here_not, 0)
+    stats[4].masked_fill_(elsewhere, 0)
 
 
-def gradient(logits, target, first, factors, class_weight, spread, entropy, ignore_index, scale, softcap):
+def gradient(logits, target, factors, class_weight, spread, entropy, ignore_index, scale, softcap):
     """Overwrites logits by hit (p - onehot) + all p - even w - dentropy p (log p + H), through scale and cap: 0 in ignored rows.
 
     factors [7, R]: maximum and log sum exp(x - maximum) over all classes, hit, all, even (read if `spread`), dentropy and H
@@ -115,8 +114,8 @@ def gradient(logits, target, first, factors, class_weight, spread, entropy, igno
     """
     vocabulary = logits.shape[1]
     peak, log_sum, hit, everywhere, even, dentropy, height = factors.unsqueeze(-1)
-    index = (target - first).clamp(0, vocabulary - 1).unsqueeze(1)
-    pulled = hit.neg().masked_fill_(index != (target - first).unsqueeze(1), 0)
+    index = target.clamp(0, vocabulary - 1).unsqueeze(1)
+    pulled = hit.neg().masked_fill_(index != target.unsqueeze(1), 0)
     ignored = (target == ignore_index).unsqueeze(1)
     for here in _blocks(logits, factors.dtype):
         z = logits[here]

@@ -247,7 +247,7 @@ def test_a_target_out_of_range(device):
         ("loss_rows", "(moments + step * sums) * shrink", "moments * shrink"),  # moments not moved to the new maximum
         ("loss_rows", "x = tl.where(mask, x, float(\"-inf\"))", "x = tl.where(mask, x, 0.0)"),
         (None, "(x - peak) - log_sum", "(x - peak)"),
-        (None, "tl.where(col == index, 1.0, 0.0)", "tl.where(col == index, 0.0, 0.0)"),
+        (None, "tl.where(col == target, 1.0, 0.0)", "tl.where(col == target, 0.0, 0.0)"),
         (None, "p * (log_p + height)", "p * log_p"),
         (None, "g += everywhere * p", "g += 0.0"),
         (None, "live = target != ignore_index", "live = target != ignore_index - 1"),
