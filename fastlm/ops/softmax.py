@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastlm.ops._op import Op, compute_dtype
 
 _WIDEST = 262144
+_FEW = 1 << 14  # elements up to which autograd's own steps cost less than a Function of Python
 
 
 def _reference(x, mask, scale):
@@ -20,14 +23,24 @@ def _reference(x, mask, scale):
     return torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0).to(x.dtype)
 
 
+def _scores(x, mask, scale):
+    """scale * x + mask, in few passes."""
+    if mask.dtype != torch.bool:
+        return torch.add(mask if mask.dtype == x.dtype else mask.to(x.dtype), x, alpha=scale)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return (x * scale).masked_fill_(~mask, float("-inf"))
+    if x.numel() > _FEW:
+        return _Scores.apply(x, mask, scale)
+    return (x if scale == 1 else x * scale).masked_fill(~mask, float("-inf"))
+
+
 class _Scores(torch.autograd.Function):
-    """scale * x + mask in one buffer. What the mask hides gets no gradient from softmax as it is: y is 0 there."""
+    """scale * x where mask is True, else -inf. What is hidden gets no gradient from softmax as it is: y is 0 there."""
 
     @staticmethod
     def forward(ctx, x, mask, scale):
         ctx.scale = scale
-        s = x * scale
-        return s.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else s.add_(mask)
+        return (x * scale).masked_fill_(~mask, float("-inf"))
 
     @staticmethod
     def backward(ctx, ds):
@@ -39,9 +52,9 @@ def _torch(x, mask, scale):
         return torch.softmax(x if scale == 1 else x * scale, -1)
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
         return _reference(x, mask, scale)
-    s = _Scores.apply(x, mask, scale)
+    s = _scores(x, mask, scale)
     y = torch.softmax(s, -1)
-    if not y.select(-1, 0).isnan().any():
+    if not math.isnan((y.detach() if y.requires_grad else y).select(-1, 0).sum()):  # a hidden row is NaN
         return y
     dead = (s == float("-inf")).all(-1, keepdim=True)  # a NaN may also be the user's own
     return torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
