@@ -31,7 +31,7 @@ def _cases() -> dict:
     gate, up, down = torch.randn(2 * N, N), torch.randn(2 * N, N), torch.randn(N, 2 * N)
     low = torch.randn(3, N), torch.randn(2 * N, 3)
     q, k, v = torch.randn(B, S, 4, 16), torch.randn(B, S, 2, 16), torch.randn(B, S, 2, 16)
-    angles = torch.rand(S, 8)
+    angles, far = torch.rand(S, 8), torch.rand(2 * S, 8)
     hidden, vocabulary, target = torch.randn(B, S, N), torch.randn(11, N), torch.randint(0, 11, (B, S))
     target[0, 1] = -100
     cases = {
@@ -61,6 +61,16 @@ def _cases() -> dict:
         "gated_mlp in one matrix": (lambda x, g, d: ops.gated_mlp(x, g, None, d), (x, gate, down[:, :N]), "b.."),
         "lora_linear": (lambda x, w, a, b: ops.lora_linear(x, w, a, b, scale=2.0), (x, up, low[0], low[1]), "b..."),
         "rotary": (ops.rotary, (q, k, angles.cos(), angles.sin()), "bb--"),
+        "rotary from offsets": (
+            lambda q, k, cos, sin, start: ops.rotary(q, k, cos, sin, offset=start),
+            (q, k, far.cos(), far.sin(), torch.tensor([3, 0, 1])),
+            "bb--b",
+        ),
+        "rotary packed": (
+            lambda q, k, cos, sin, cu: ops.rotary(q, k, cos, sin, offset=1, cu_seqlens=cu),
+            (q[0], k[0], far.cos(), far.sin(), torch.tensor([0, 1, S])),
+            "bb---",
+        ),
         "attention": (lambda q, k, v: ops.attention(q, k, v, causal=True), (q, k, v), "bbb"),
         "attention with lse": (lambda q, k, v: ops.attention(q, k, v, return_lse=True), (q, k, v), "bbb"),
     }
@@ -87,7 +97,13 @@ def _cases() -> dict:
             (hidden, vocabulary, target),
             "b.b",
         )
-    both = torch.randn(2, B, S, 11)
+    both, large = torch.randn(2, B, S, 11), (torch.randn(B, S, 5), torch.randn(11, 5))
+    for reduction in ("mean", "none"):
+        cases[f"linear_kl_div {reduction}"] = (
+            lambda h, w, th, tw, m, reduction=reduction: ops.linear_kl_div(h, w, th, tw, mask=m, reduction=reduction),
+            (hidden, vocabulary, *large, target != -100),
+            "b.--b",
+        )
     cases["kl_div"] = (lambda s, t: ops.kl_div(s, t, reduction="none"), tuple(both), "b-")
     cases["kl_div mean"] = (lambda s, t, m: ops.kl_div(s, t, beta=0.3, mask=m), (*both, target != -100), "b-b")
     return cases
@@ -162,7 +178,7 @@ class _Block(torch.nn.Module):
         self.norm1, self.norm2 = nn.RMSNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
         self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(2 * width, width)
-        angles = torch.rand(S, 8)
+        angles, far = torch.rand(S, 8), torch.rand(2 * S, 8)
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
