@@ -178,7 +178,7 @@ class _Block(torch.nn.Module):
         self.norm1, self.norm2 = nn.RMSNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
         self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(2 * width, width)
-        angles, far = torch.rand(S, 8), torch.rand(2 * S, 8)
+        angles = torch.rand(S, 8)
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
