@@ -4,6 +4,7 @@ from fastlm.nn import transformers
 from fastlm.nn.attention import Attention, alibi_slopes
 from fastlm.nn.cache import KVCache
 from fastlm.nn.distillation_loss import KLDivLoss
+from fastlm.nn.loss import LinearCrossEntropyLoss
 from fastlm.nn.multihead_attention import MultiheadAttention
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.recording import attend, record_attention
@@ -15,6 +16,7 @@ __all__ = [
     "KLDivLoss",
     "KVCache",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
     "Report",
