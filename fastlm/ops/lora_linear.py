@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.kernels import lora_linear as steps
-from fastlm.kernels.matmul import empty_grad
+from fastlm.kernels.matmul import cast, empty_grad
 from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
 
 
@@ -17,16 +19,22 @@ def _reference(x, weight, a, b, bias, scale):
     return (F.linear(x_wide, weight, bias) + scale * F.linear(F.linear(x_wide, a), b)).to(x.dtype)
 
 
+# Elements of y up to which torch's own autograd takes less time than the saved passes over y would: a call of ours costs the
+# host some 60 us more with its backward.
+_SMALL = 1 << 16
+
+
 def _torch(x, weight, a, b, bias, scale):
-    """Without a backward of its own: where none is needed, and under torch.compile, which sees through it."""
-    weight, a, b, bias = (None if t is None else t.to(x.dtype) for t in (weight, a, b, bias))
+    """Without a backward of its own: where none is needed, for small calls, and under torch.compile, which sees through it."""
+    if weight.dtype is not x.dtype or a.dtype is not x.dtype:
+        weight, a, b, bias = cast(x.dtype, weight, a, b, bias)
     y = F.linear(x, weight, bias)
-    u = F.linear(x, a).flatten(0, -2) if x.ndim > 1 else F.linear(x, a)[None]
-    flat = y.view(u.shape[0], y.shape[-1])
-    if torch.compiler.is_compiling():
-        return torch.addmm(flat, u, b.t(), alpha=scale).view(y.shape)
-    flat.addmm_(u, b.t(), alpha=scale)
-    return y
+    n = math.prod(x.shape[:-1])
+    rows, u = y.view(n, y.shape[-1]), F.linear(x, a).view(n, a.shape[0])
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        rows.addmm_(u, b.t(), alpha=scale)
+        return y
+    return torch.addmm(rows, u, b.t(), alpha=scale).view(y.shape)
 
 
 OP = Op(
@@ -166,11 +174,17 @@ def lora_linear(
     scale, tensors = float(scale), (x, weight, a, b, bias)
     if backend == "reference":
         return OP.plain(backend, *tensors, scale)
-    if backend == "torch" and type(x).__name__ != "DTensor":
-        needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        if not needed or (torch.compiler.is_compiling() and x.device.type == "cpu"):
-            return OP.plain(backend, *tensors, scale)
+    if backend == "torch" and type(x).__name__ != "DTensor" and _direct(x, weight):
+        return OP.plain(backend, *tensors, scale)
     return OP.forward(*tensors, scale, backend)[0]
+
+
+def _direct(x, weight):
+    """Whether torch's own autograd does."""
+    if not torch.is_grad_enabled():
+        return True
+    small = x.numel() // max(1, x.shape[-1]) * weight.shape[0] <= _SMALL
+    return x.device.type == "cpu" and (small or torch.compiler.is_compiling())
 
 
 def _check(x, weight, a, b, bias):

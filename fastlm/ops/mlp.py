@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.kernels import mlp as steps
-from fastlm.kernels.matmul import empty_grad
+from fastlm.kernels.matmul import cast, empty_grad
 from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
 from fastlm.ops.activation import FORMS, check_kind
 
@@ -28,18 +28,34 @@ def _reference(x, first, second, down, first_bias, second_bias, down_bias, kind,
     return F.linear(h, w3, b3).to(x.dtype)
 
 
+# In place where nothing is to be differentiated: fresh memory is what an activation costs most on the CPU (1024 x 1536 in fp32:
+# the whole MLP 29 ms instead of 32, gated 40 instead of 50).
+_IN_PLACE = {
+    "gelu": torch.ops.aten.gelu_.default,
+    "gelu_tanh": lambda x: torch.ops.aten.gelu_.default(x, approximate="tanh"),
+    "silu": lambda x: F.silu(x, inplace=True),
+    "relu": F.relu_,
+    "relu2": lambda x: F.relu_(x).square_(),
+}
+
+
+_LARGE = 1 << 15  # elements
+
+
 def _torch(x, first, second, down, first_bias, second_bias, down_bias, kind, gated):
     """What a user of plain torch writes; autocast may be on."""
-    act = FORMS[kind]
-    if first.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        first, second, down, first_bias, second_bias, down_bias = (
-            None if t is None else t.to(x.dtype) for t in (first, second, down, first_bias, second_bias, down_bias)
+    if first.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+        first, second, down, first_bias, second_bias, down_bias = cast(
+            x.dtype, first, second, down, first_bias, second_bias, down_bias
         )
     pre = F.linear(x, first, first_bias)
+    in_place = pre.numel() > _LARGE and not torch.is_grad_enabled()
+    act = (_IN_PLACE if in_place else FORMS)[kind]
     if not gated:
         return F.linear(act(pre), down, down_bias)
     gate, up = pre.chunk(2, -1) if second is None else (pre, F.linear(x, second, second_bias))
-    return F.linear(act(gate) * up, down, down_bias)
+    h = act(gate)
+    return F.linear(h.mul_(up) if in_place else h * up, down, down_bias)
 
 
 def _define(name):
@@ -161,9 +177,9 @@ OP = _define("mlp")
 GATED = _define("gated_mlp")
 
 
-def _direct(x, recompute, needed):
+def _direct(x, recompute):
     """Whether torch's own autograd does: on the CPU, unless x alone is to be saved."""
-    if x.device.type != "cpu" or (recompute and needed):
+    if x.device.type != "cpu" or (recompute and torch.is_grad_enabled()):
         return False
     return type(x).__name__ != "DTensor"  # torch's products refuse one divided in unequal parts
 
@@ -172,14 +188,14 @@ def _run(op, tensors, kind, recompute, backend):
     """`tensors`: x, first, second, down and the three biases."""
     x, gated = tensors[0], op is GATED
     backend = op.choose(backend, *tensors)
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if backend == "torch" and _direct(x, recompute, needed):
+    if backend == "torch" and _direct(x, recompute):
         return _torch(*tensors, kind, gated)
     dtype = autocast_dtype(x)
     if dtype is not None and x.dtype != torch.float64:
         tensors = (x.to(dtype), *tensors[1:])
     if backend == "reference":
         return op.plain(backend, *tensors, kind, gated)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return op.forward(*tensors, int(needed and not recompute), kind, gated, backend)[0]
 
 
@@ -224,8 +240,8 @@ def mlp(
     Papers: Vaswani et al. 2017, arXiv:1706.03762; GELU,
     arXiv:1606.08415; squared ReLU, arXiv:2109.08668.
     """
-    check_kind("mlp", activation, x=x, up_weight=up_weight, down_weight=down_weight)
-    _check("mlp", x, {"up": (up_weight, up_bias)}, down_weight, down_bias, up_weight.shape[0])
+    check_kind("mlp", activation, x=x)
+    _check("mlp", x, (("up", up_weight, up_bias),), down_weight, down_bias, up_weight.shape[0] if up_weight.ndim else 0)
     tensors = (x, up_weight, None, down_weight, up_bias, None, down_bias)
     return _run(OP, tensors, activation, recompute, backend)
 
@@ -273,11 +289,11 @@ def gated_mlp(
     and, on a GPU, our element-wise kernels), reference. `auto` takes triton only where it was measured to be faster.
     Paper: Shazeer 2020, arXiv:2002.05202.
     """
-    check_kind("gated_mlp", activation, x=x, gate_weight=gate_weight, down_weight=down_weight)
-    layers = {"gate": (gate_weight, gate_bias)}
-    width = gate_weight.shape[0]
+    check_kind("gated_mlp", activation, x=x)
+    layers = (("gate", gate_weight, gate_bias),)
+    width = gate_weight.shape[0] if gate_weight.ndim else 0
     if up_weight is not None:
-        layers["up"] = (up_weight, up_bias)
+        layers = (*layers, ("up", up_weight, up_bias))
         if up_weight.shape != gate_weight.shape:
             raise ValueError(
                 f"gated_mlp: up_weight must be {list(gate_weight.shape)} like gate_weight, got {list(up_weight.shape)}"
@@ -296,17 +312,24 @@ def gated_mlp(
 
 
 def _check(op, x, layers, down_weight, down_bias, width):
+    """`layers`: (name, weight, bias) of the first matrices, each of which takes x."""
     if x.ndim == 0:
         raise ValueError(f"{op}: x must be [..., D], got a single number")
-    for name, (weight, bias) in (*layers.items(), ("down", (down_weight, down_bias))):
-        columns = width if name == "down" else x.shape[-1]
-        if weight.ndim != 2 or weight.shape[1] != columns:
-            like = f"{list(layers)[0]}_weight's rows" if name == "down" else "x's last dimension"
-            raise ValueError(f"{op}: {name}_weight must be [., {columns}] like {like}, got {list(weight.shape)}")
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{op}: {name}_bias must be [{weight.shape[0]}] like {name}_weight's rows, got {list(bias.shape)}"
-            )
-        for what, t in (("weight", weight), ("bias", bias)):
-            if t is not None and not t.is_floating_point():
-                raise TypeError(f"{op}: {name}_{what} must be floating point, got {t.dtype}")
+    columns = x.shape[-1]
+    for name, weight, bias in layers:
+        _check_linear(op, name, weight, bias, columns, "x's last dimension")
+    _check_linear(op, "down", down_weight, down_bias, width, f"{layers[0][0]}_weight's rows")
+
+
+def _check_linear(op, name, weight, bias, columns, like):
+    shape = weight.shape
+    if len(shape) != 2 or shape[1] != columns:
+        raise ValueError(f"{op}: {name}_weight must be [., {columns}] like {like}, got {list(shape)}")
+    if not weight.is_floating_point():
+        raise TypeError(f"{op}: {name}_weight must be floating point, got {weight.dtype}")
+    if bias is None:
+        return
+    if bias.shape != shape[:1]:
+        raise ValueError(f"{op}: {name}_bias must be [{shape[0]}] like {name}_weight's rows, got {list(bias.shape)}")
+    if not bias.is_floating_point():
+        raise TypeError(f"{op}: {name}_bias must be floating point, got {bias.dtype}")

@@ -1,5 +1,7 @@
 """lora_linear: the contract, the accuracy, what it saves and allocates."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import ops
 from fastlm.kernels import lora_linear as steps
-from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, planted_bug
+from fastlm.testing import (
+    Case,
+    check_accuracy,
+    check_autocast,
+    check_guards,
+    check_op,
+    check_reference,
+    check_safety,
+    check_strides,
+    check_transforms,
+    planted_bug,
+)
 
 BACKENDS = ("torch", "triton")
+lora_module = sys.modules["fastlm.ops.lora_linear"]  # the name fastlm.ops.lora_linear is the function's
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_small(monkeypatch):
+    monkeypatch.setattr(lora_module, "_SMALL", 0)
 
 
 def _make(bias, sizes=(7, 19, 21, 5)):
@@ -82,6 +101,14 @@ def test_the_weight_may_be_of_another_dtype_and_order(device):
     got.sum().backward()
     assert other.grad.dtype == torch.float32 and other.grad.stride() == other.stride()
     torch.testing.assert_close(other.grad, weight.grad)
+
+
+def test_small_calls_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(lora_module, "_SMALL", 1 << 16)
+    for check in (check_safety, check_guards, check_strides, check_autocast, check_transforms):
+        check(CASES["bias"], "torch", "cpu")  # derivatives of any order are torch's own
+    for dtype in (torch.float32, torch.bfloat16):
+        check_accuracy(CASES["bias"], "torch", dtype, "cpu")
 
 
 def test_errors():

@@ -203,7 +203,7 @@ def test_torchs_products_with_our_element_wise_kernels(layers, recompute, device
     from fastlm.kernels import mlp_epilogue
 
     monkeypatch.setattr(steps, "library_form", lambda x: mlp_epilogue.ELEMENTWISE)
-    monkeypatch.setattr(mlp_module, "_direct", lambda *args: False)
+    monkeypatch.setattr(mlp_module, "_direct", lambda x, recompute: False)
     case = _case("silu", layers, True, recompute)
     check_guards(case, "torch", device)
     check_strides(case, "torch", device)
@@ -305,3 +305,16 @@ def test_fp32_products_follow_torchs_precision(device):
         torch.testing.assert_close(ops.mlp(x, up, down, backend="triton"), ops.mlp(x, up, down), rtol=1e-2, atol=1e-2)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@KINDS
+@pytest.mark.parametrize("layers", [1, 2, "packed"])
+def test_without_gradients_the_activation_is_in_place_and_nothing_else(kind, layers, monkeypatch):
+    monkeypatch.setattr(mlp_module, "_LARGE", 0)
+    args = _make(True, layers)(torch.float32, "cpu")
+    before = [a.clone() for a in args]
+    case = _case(kind, layers, True)
+    with torch.no_grad():
+        torch.testing.assert_close(case.fn(*args, backend="torch"), case.plain(*args))
+    for now, then in zip(args, before):
+        assert torch.equal(now, then)
