@@ -152,7 +152,7 @@ def _write_zeros(dx_ptr, first, begin: tl.constexpr, full, end, BLOCK_V: tl.cons
 def _kl_div_rows_kernel(
     x_ptr, y_ptr, mask_ptr, factor_ptr, loss_ptr, statistics_ptr, dx_ptr, stride_x, stride_y, stride_dx,
     N, V, x_scale, y_scale, x_softcap, y_softcap, inverse_t, beta,
-    KIND: tl.constexpr, HAS_MASK: tl.constexpr, HAS_FACTOR: tl.constexpr, STORED: tl.constexpr, WITH_GRAD: tl.constexpr,
+    KIND: tl.constexpr, STORED: tl.constexpr, WITH_GRAD: tl.constexpr,
     X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr, PEEL: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -172,10 +172,14 @@ def _kl_div_rows_kernel(
     if PEEL:
         full = tl.maximum(full, begin)
     options = (x_scale, y_scale, x_softcap, y_softcap, inverse_t, beta)
+    factor = 1.0
+    if factor_ptr is not None:
+        factor = tl.load(factor_ptr + n).to(tl.float32)
     live = True
-    if HAS_MASK:
+    if mask_ptr is not None:
         live = tl.load(mask_ptr + n) != 0
-    statistics_ptr += n
+    if statistics_ptr is not None:
+        statistics_ptr += n
     if live:
         if STORED:
             row = (tl.load(statistics_ptr), tl.load(statistics_ptr + N), tl.load(statistics_ptr + 2 * N),
@@ -184,7 +188,6 @@ def _kl_div_rows_kernel(
             value, row = _value(x_ptr, y_ptr, first, begin, full, end, options, KIND, X_SOFTCAP, Y_SOFTCAP, BLOCK_V)
             tl.store(loss_ptr + n, value)
         if WITH_GRAD:
-            factor = tl.load(factor_ptr + n).to(tl.float32) if HAS_FACTOR else 1.0
             col = tl.arange(0, BLOCK_V)
             if PEEL:
                 mask = (col >= first) & (col < end)
@@ -198,13 +201,13 @@ def _kl_div_rows_kernel(
                 at = full + col
                 _gradient_tile(x_ptr + at, y_ptr + at, dx_ptr + at, at < end, row, factor, options,
                                KIND, X_SOFTCAP, Y_SOFTCAP)  # fmt: skip
-        elif not STORED:
+        elif statistics_ptr is not None:
             for i in tl.static_range(5):
                 tl.store(statistics_ptr + i * N, row[i])
     else:
         if not STORED:
             tl.store(loss_ptr + n, 0.0)
-            if not WITH_GRAD:
+            if statistics_ptr is not None:
                 for i in tl.static_range(5):
                     tl.store(statistics_ptr + i * N, 0.0)
         if WITH_GRAD:
@@ -225,8 +228,8 @@ def _peel(*matrices):
 
 def launch(x, y, mask, factor, loss, statistics, dx, beta, temperature,
            scales=(1.0, 1.0), softcaps=(None, None), stored=False):  # fmt: skip
-    """The kernel on matrices [N, V] of unit stride along rows. dx None: no gradient, the statistics [5, N] are written; else
-    the gradient of sum(factor * loss) goes into dx (which may be x), from the statistics if `stored`."""
+    """The kernel on matrices [N, V] of unit stride along rows. dx None: no gradient, and the statistics [5, N] are written unless
+    None; else the gradient of sum(factor * loss) goes into dx (which may be x), from the statistics if `stored`."""
     N, V = x.shape
     if N == 0:
         return
@@ -234,16 +237,15 @@ def launch(x, y, mask, factor, loss, statistics, dx, beta, temperature,
     block = min(1024 if kind_of(beta) == MIXTURE else 2048, triton.next_power_of_2(max(V, 128)))
     out = x if dx is None else dx
     _kl_div_rows_kernel[(N,)](
-        x, y, x if mask is None else mask, x if factor is None else factor, loss, x if statistics is None else statistics,
-        out, x.stride(0), y.stride(0), out.stride(0), N, V, *scales, *(1.0 if s is None else s for s in softcaps),
-        1.0 / temperature, beta,
-        KIND=kind_of(beta), HAS_MASK=mask is not None, HAS_FACTOR=factor is not None, STORED=stored,
-        WITH_GRAD=dx is not None, X_SOFTCAP=softcaps[0] is not None, Y_SOFTCAP=softcaps[1] is not None,
+        x, y, mask, factor, loss, statistics, out, x.stride(0), y.stride(0), out.stride(0), N, V,
+        *scales, *(1.0 if s is None else s for s in softcaps), 1.0 / temperature, beta,
+        KIND=kind_of(beta), STORED=stored, WITH_GRAD=dx is not None,
+        X_SOFTCAP=softcaps[0] is not None, Y_SOFTCAP=softcaps[1] is not None,
         PEEL=_peel(x, y, out), BLOCK_V=block, num_warps=max(4, min(8, block // 256)),
     )  # fmt: skip
 
 
-def _flat(mask):
+def flat_mask(mask):
     return mask if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
 
 
@@ -252,7 +254,7 @@ def kl_div_fwd(student, teacher, mask, beta, temperature):
     x, y = rows(student), rows(teacher)
     loss = torch.empty(student.shape[:-1], dtype=torch.float32, device=student.device)
     statistics = torch.empty((STATISTICS, x.shape[0]), dtype=torch.float32, device=student.device)
-    launch(x, y, _flat(mask), None, loss, statistics, None, beta, temperature)
+    launch(x, y, flat_mask(mask), None, loss, statistics, None, beta, temperature)
     return loss, statistics
 
 
@@ -261,5 +263,5 @@ def kl_div_bwd(dloss, student, teacher, mask, statistics, beta, temperature):
     x, y = rows(student), rows(teacher)
     dx = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     factor = dloss.reshape(-1).contiguous()
-    launch(x, y, _flat(mask), factor, factor, statistics, dx.view(x.shape), beta, temperature, stored=True)
+    launch(x, y, flat_mask(mask), factor, factor, statistics, dx.view(x.shape), beta, temperature, stored=True)
     return dx

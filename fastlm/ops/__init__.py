@@ -12,6 +12,7 @@ from fastlm.ops.decode_attention import decode_attention
 from fastlm.ops.kl_div import kl_div
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
+from fastlm.ops.linear_kl_div import linear_kl_div
 from fastlm.ops.linear_logprobs import linear_logprobs
 from fastlm.ops.lora_linear import lora_linear
 from fastlm.ops.mlp import gated_mlp, mlp
@@ -35,6 +36,7 @@ __all__ = [
     "kl_div",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_kl_div",
     "linear_logprobs",
     "lora_linear",
     "mlp",

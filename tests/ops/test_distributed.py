@@ -61,6 +61,7 @@ def _failures(results, start):
         "attention",
         "linear_cross_entropy",
         "kl_div",
+        "linear_kl_div",
         "linear_logprobs",
     ],
 )

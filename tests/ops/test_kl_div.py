@@ -259,7 +259,7 @@ def test_small_problems_are_left_to_torch(monkeypatch):
         ("mixture", "(1.0 - beta) * q * (log_q", "q * (log_q"),
         ("reverse", "factor * options[4], True", "factor, True"),  # the temperature missing from the gradient
         ("reverse", "live = tl.load(mask_ptr + n) != 0", "live = True"),
-        ("forward", "tl.load(factor_ptr + n).to(tl.float32) if HAS_FACTOR else 1.0", "1.0"),
+        ("forward", "factor = tl.load(factor_ptr + n).to(tl.float32)", "pass"),
         ("mixture", "if full < end:", "if full + BLOCK_V < end:"),  # the tail
     ],
     ids=["padding", "rescale", "teacher", "mean", "beta", "temperature", "mask", "factor", "tail"],
