@@ -245,8 +245,9 @@ def logprobs_forward(statistics, hidden, weight, bias, target, ignore_index, sca
 
 
 def logprobs_backward(gradient, dlogp, dlse, dentropy, hidden, weight, bias, target, entropy, saved, ignore_index, scale,
-                      softcap, logits_bytes, *need):  # fmt: skip
-    """-> gradients of hidden, weight and bias, from the logits made anew. A missing cotangent is 0."""
+                      softcap, logits_bytes, *need, logits=None):  # fmt: skip
+    """-> gradients of hidden, weight and bias. A missing cotangent is 0. The logits are made anew, unless all of them are given:
+    these are overwritten."""
     chunks, flat = Chunks(hidden, weight, bias, logits_bytes), target.reshape(-1)
     factors = torch.empty((7, flat.shape[0]), dtype=saved.dtype, device=hidden.device)
     factors[:2] = saved.reshape(2, -1)
@@ -254,7 +255,8 @@ def logprobs_backward(gradient, dlogp, dlse, dentropy, hidden, weight, bias, tar
     for row, t in zip(factors[2:], rest):
         row.zero_() if t is None else row.copy_(t.reshape(-1))
     gradients = Gradients(chunks.h, weight, bias, chunks.count, need)
-    for here, logits in chunks:
-        gradient(logits, flat[here], factors[:, here], None, False, dentropy is not None, ignore_index, scale, softcap)
-        gradients.add(logits, chunks.h[here], chunks.weight, here.start)
+    bent = dentropy is not None
+    for here, z in chunks if logits is None else [(slice(0, flat.shape[0]), logits)]:
+        gradient(z, flat[here], factors[:, here], None, False, bent, ignore_index, scale, softcap)
+        gradients.add(z, chunks.h[here], chunks.weight, here.start)
     return gradients.result(hidden.shape)

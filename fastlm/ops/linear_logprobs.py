@@ -49,8 +49,8 @@ def _reference(hidden, weight, bias, target, ignore_index, scale, softcap, *_):
     return _outputs(z, logp, lse, -logp.masked_fill(z == -torch.inf, 0), target, ignore_index)
 
 
-def _kept(hidden, weight, bias, target, ignore_index, scale, softcap):
-    """In torch's own calls, whose backward finds the logits where the forward left them: three products in all."""
+def _fusible(hidden, weight, bias, target, ignore_index, scale, softcap):
+    """In torch's own calls, for torch.compile to fuse."""
     z = _logits(hidden, weight, bias, hidden.dtype, scale, softcap)
     logp = z.log_softmax(-1)
     peak, at = z.max(-1)
@@ -119,6 +119,39 @@ def _backward_reference(dlogp, dlse, dentropy, hidden, weight, bias, target, ent
     grads = grad_of(fn, (hidden, weight, bias), (dlogp, dlse, dentropy))
     empty = _fake_backward(dlogp, dlse, dentropy, hidden, weight, bias, target, entropy, saved, False, False, False, "")
     return tuple(g if needed else e for g, e, needed in zip(grads, empty, need))
+
+
+class _Kept(torch.autograd.Function):
+    """The torch form where all logits fit the budget: kept for the backward, so three products in all."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, *options):
+        ((_, logits),) = chunked_loss.Chunks(hidden, weight, bias, 1 << 62)
+        flat = target.reshape(-1)
+        stats = torch.empty((5, flat.shape[0]), dtype=compute_dtype(hidden), device=hidden.device)
+        statistics(logits, flat, stats, False, *options[1:])
+        *found, saved = chunked_loss.logprobs_of(stats, flat, weight.shape[0], options[0])
+        found = [t.view(target.shape) for t in found]
+        ctx.save_for_backward(hidden, weight, bias, target, found[2], saved, logits)
+        ctx.options = options
+        ctx.mark_non_differentiable(found[3])
+        ctx.set_materialize_grads(False)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx, dlogp, dlse, dentropy, _):
+        nothing, need = (None,) * 4, ctx.needs_input_grad[:3]
+        if dlogp is dlse is dentropy is None:
+            return None, None, None, *nothing
+        *tensors, logits = ctx.saved_tensors
+        options = *ctx.options, 1 << 62, *need
+        if torch.is_grad_enabled():  # create_graph
+            grads = _backward_reference(dlogp, dlse, dentropy, *tensors, *options, "torch")
+        else:
+            grads = chunked_loss.logprobs_backward(
+                gradient, dlogp, dlse, dentropy, *tensors, *options, logits=logits.clone()
+            )
+        return *(g if needed else None for g, needed in zip(grads, need)), *nothing
 
 
 def _shard_forward(hidden, weight, bias, target, *options):
@@ -219,8 +252,11 @@ def linear_logprobs(
     backend = OP.choose(backend, *tensors)
     if backend in OP.plain_forms:
         return OP.plain(backend, *tensors, *options)
-    if backend == "torch" and type(target) is Tensor and target.device.type == "cpu":
+    if backend == "torch" and type(target) is Tensor and target.device.type == "cpu" and target.numel():
         budget = chunked_loss.LOGITS_BYTES["cpu"] if logits_bytes is None else logits_bytes
-        if target.numel() * linear_weight.shape[0] * compute_dtype(input).itemsize <= budget:
-            return _kept(*tensors, *options)
+        if target.numel() * linear_weight.shape[0] * input.element_size() <= budget:
+            if torch.compiler.is_compiling():
+                return _fusible(*tensors, *options)
+            with torch.autocast("cpu", enabled=False):
+                return LogProbs(*_Kept.apply(*tensors, *options))
     return LogProbs(*OP.forward(*tensors, *options, logits_bytes, backend)[:4])

@@ -7,7 +7,20 @@ import torch.nn.functional as F
 from fastlm import ops
 from fastlm.kernels import chunked_loss
 from fastlm.ops.linear_logprobs import OP
-from fastlm.testing import Case, assert_accurate, check_accuracy, check_guards, check_op, check_reference, planted_bug
+from fastlm.testing import (
+    Case,
+    assert_accurate,
+    check_accuracy,
+    check_autocast,
+    check_compile,
+    check_double_backward,
+    check_guards,
+    check_op,
+    check_reference,
+    check_safety,
+    check_strides,
+    planted_bug,
+)
 
 BACKENDS = ("torch", "triton")
 RICH = {"scale": 0.7, "softcap": 6.0}
@@ -81,11 +94,14 @@ def test_accuracy(case, backend, dtype, device, small_chunks):
 
 
 @CASES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_logits_that_fit_are_kept_on_the_cpu(case, dtype, monkeypatch):
+def test_logits_that_fit_are_kept_on_the_cpu(case, monkeypatch):
     monkeypatch.setattr(OP, "forward", None)
-    check_accuracy(case, "torch", dtype, "cpu")
-    assert (BARE.fn(*_args(dtype, "cpu")[:3], torch.full((2, 4), -100), backend="auto")[2] == 0).all()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        check_accuracy(case, "torch", dtype, "cpu")
+    for check in (check_safety, check_guards, check_strides, check_autocast, check_compile, check_double_backward):
+        check(case, "torch", "cpu")
+    with pytest.raises(TypeError, match="not callable"):
+        case.fn(*_args(torch.float32, "cpu", (1000, 8), 30000), backend="auto")
 
 
 def test_against_plain_torch_in_fp64():
