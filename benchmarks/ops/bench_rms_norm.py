@@ -34,8 +34,8 @@ def liger():
 
     def fn(x, weight, residual):
         if residual is not None:
-            return liger_fused_add_rms_norm(x, residual, weight, 1e-6)
-        return liger_rms_norm(rows(x), weight, 1e-6)
+            return liger_fused_add_rms_norm(x, residual, weight, 1e-6, in_place=False)
+        return liger_rms_norm(rows(x), weight, 1e-6, in_place=False)  # its default overwrites dy
 
     return fn
 

@@ -205,6 +205,17 @@ class NormTests:
         ):
             torch.testing.assert_close(got, want)
 
+    def test_strides_beyond_31_bits(self, device):
+        # Of the 12 GiB that the rows span, only the pages of these rows are ever touched.
+        far = torch.empty(3 * 2**31, dtype=torch.bfloat16, device=device)
+        x, dy = (far[start:].as_strided((2, 2, 40), (2**31 + 64, 80, 1)) for start in (0, 1000))
+        for t in (x, dy):
+            t.copy_(torch.randn(t.shape))
+        want, got = ([self.norm.op(x.requires_grad_(), backend=b)] for b in ("reference", "triton"))
+        for outs in (want, got):
+            outs += torch.autograd.grad(outs[0], x, dy)
+            torch.testing.assert_close(outs, want)
+
     # --- dropout --------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("shape", [(3, 7, 50), (1, 33000)], ids=str)
@@ -244,6 +255,11 @@ class NormTests:
         for p in (-0.1, 1.0):
             with pytest.raises(ValueError, match=rf"{self.norm.name}: dropout_p must lie in \[0, 1\), got {p}"):
                 self.norm.op(x, dropout_p=p)
+
+    def test_no_dropout_of_dtensors(self):
+        DTensor = type("DTensor", (torch.Tensor,), {})
+        with pytest.raises(ValueError, match=f"{self.norm.name}: dropout_p must be 0 for a DTensor"):
+            self.norm.op(torch.randn(2, 8).as_subclass(DTensor), dropout_p=P)
 
     @pytest.mark.parametrize("kind", ["d", "rdo"])
     @pytest.mark.parametrize("backend", BACKENDS)
