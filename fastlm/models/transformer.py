@@ -54,10 +54,13 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        down = self.down
         if self.gated:
-            gate, up = self.gate_up(x).chunk(2, -1)
-            return self.down(ops.glu(gate, up, self.activation))
-        return self.down(ops.activation(self.up(x), self.activation))
+            first = self.gate_up
+            return ops.gated_mlp(
+                x, first.weight, None, down.weight, first.bias, None, down.bias, activation=self.activation
+            )
+        return ops.mlp(x, self.up.weight, down.weight, self.up.bias, down.bias, activation=self.activation)
 
 
 class Block(nn.Module):

@@ -4,7 +4,9 @@ from fastlm.nn import transformers
 from fastlm.nn.attention import Attention, alibi_slopes
 from fastlm.nn.cache import KVCache
 from fastlm.nn.distillation_loss import KLDivLoss
+from fastlm.nn.lora import LoRALinear
 from fastlm.nn.loss import LinearCrossEntropyLoss
+from fastlm.nn.mlp import MLP, GatedMLP
 from fastlm.nn.multihead_attention import MultiheadAttention
 from fastlm.nn.norm import LayerNorm, RMSNorm
 from fastlm.nn.recording import attend, record_attention
@@ -12,11 +14,14 @@ from fastlm.nn.replace import Report, replace
 from fastlm.nn.softmax import Softmax
 
 __all__ = [
+    "MLP",
     "Attention",
+    "GatedMLP",
     "KLDivLoss",
     "KVCache",
     "LayerNorm",
     "LinearCrossEntropyLoss",
+    "LoRALinear",
     "MultiheadAttention",
     "RMSNorm",
     "Report",

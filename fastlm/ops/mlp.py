@@ -44,10 +44,10 @@ _LARGE = 1 << 15  # elements
 
 def _torch(x, first, second, down, first_bias, second_bias, down_bias, kind, gated):
     """What a user of plain torch writes; autocast may be on."""
-    if first.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
-        first, second, down, first_bias, second_bias, down_bias = cast(
-            x.dtype, first, second, down, first_bias, second_bias, down_bias
-        )
+    parameters = (first, second, down, first_bias, second_bias, down_bias)
+    mixed = any(t is not None and t.dtype is not x.dtype for t in parameters)
+    if mixed and not torch.is_autocast_enabled(x.device.type):
+        first, second, down, first_bias, second_bias, down_bias = cast(x.dtype, *parameters)
     pre = F.linear(x, first, first_bias)
     in_place = pre.numel() > _LARGE and not torch.is_grad_enabled()
     act = (_IN_PLACE if in_place else FORMS)[kind]

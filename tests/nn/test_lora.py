@@ -1,0 +1,75 @@
+"""nn.LoRALinear: the update, its gradients, merging and the state dict."""
+
+import pytest
+import torch
+
+from fastlm import nn
+
+
+def _layer(bias=True, dtype=None, alpha=8.0):
+    layer = nn.LoRALinear(torch.nn.Linear(12, 10, bias=bias, dtype=dtype), 3, alpha)
+    torch.nn.init.normal_(layer.b)
+    return layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_base_and_update(bias):
+    layer, x = _layer(bias), torch.randn(2, 5, 12)
+    want = layer.base(x) + 8 / 3 * (x @ layer.a.t() @ layer.b.t())
+    torch.testing.assert_close(layer(x), want)
+    layer(x).square().sum().backward()
+    got = layer.a.grad, layer.b.grad
+    for g, w in zip(got, torch.autograd.grad(want.square().sum(), (layer.a, layer.b))):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+    assert layer.base.weight.grad is None and not layer.base.weight.requires_grad
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["a", "b"]
+
+
+def test_a_fresh_update_is_zero():
+    linear = torch.nn.Linear(12, 10)
+    x = torch.randn(4, 12)
+    layer = nn.LoRALinear(linear, 2)
+    assert torch.equal(layer(x), linear(x)) and layer.scale == 1 and bool(layer.a.any())
+    assert "rank=2, alpha=2" in repr(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_and_unmerge(dtype):
+    layer, x = _layer(dtype=dtype), torch.randn(4, 12, dtype=dtype)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    with torch.no_grad():
+        want = layer(x)
+        layer.merge()
+        merged = layer.to_linear()
+        assert torch.equal(layer(x), merged(x))
+        if dtype == torch.float32:
+            torch.testing.assert_close(layer(x), want)
+        exact = layer.base.weight.double() + layer.scale * layer.b.double() @ layer.a.double()
+        torch.testing.assert_close(merged.weight.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=1e-6)
+        after = layer.state_dict()
+        assert list(after) == ["a", "b", "base.weight", "base.bias"]
+        assert all(torch.equal(after[k], before[k]) for k in before)
+        layer.unmerge()
+        assert torch.equal(layer(x), want)
+
+
+def test_training_goes_on_while_merged():
+    layer, x = _layer(), torch.randn(4, 12)
+    layer.merge()
+    layer(x).sum().backward()
+    assert layer.a.grad.any() and layer.b.grad.any()
+
+
+def test_loading_forgets_what_was_merged():
+    layer, other, x = _layer(), _layer(), torch.randn(4, 12)
+    layer.merge()
+    layer.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert torch.equal(layer(x), other(x))
+
+
+def test_errors():
+    with pytest.raises(TypeError, match="LoRALinear: linear must be a torch.nn.Linear, got ReLU"):
+        nn.LoRALinear(torch.nn.ReLU(), 2)
+    with pytest.raises(ValueError, match="LoRALinear: rank must be at least 1, got 0"):
+        nn.LoRALinear(torch.nn.Linear(2, 2), 0)
