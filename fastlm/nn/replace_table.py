@@ -161,7 +161,10 @@ def _rows(layer):
 
 
 def _why_not_loss(module, known):
-    if getattr(module.loss_function, "__name__", "") != "ForCausalLMLoss":
+    # The property loss_function warns of models without a loss_type, GPT-2 among them; this is what its setter sets.
+    given = module.__dict__.get("_loss_function")
+    named = getattr(module, "loss_type", None) or "ForCausalLM"
+    if named != "ForCausalLM" or (given is not None and getattr(given, "__name__", "") != "ForCausalLMLoss"):
         return "its loss_function is not transformers' own for causal language models"
     reason = projection(module._modules.get("lm_head"))
     return reason and f"its lm_head {reason}"
@@ -219,7 +222,9 @@ TORCH = {
 NORMS = {
     **_all(
         "LlamaRMSNorm MistralRMSNorm MixtralRMSNorm Qwen2RMSNorm Qwen2MoeRMSNorm Qwen3RMSNorm Qwen3MoeRMSNorm Phi3RMSNorm"
-        " DeepseekV2RMSNorm DeepseekV3RMSNorm GraniteRMSNorm SmolLM3RMSNorm GlmRMSNorm Glm4RMSNorm",
+        " DeepseekV2RMSNorm DeepseekV3RMSNorm GraniteRMSNorm SmolLM3RMSNorm GlmRMSNorm Glm4RMSNorm Glm4MoeRMSNorm"
+        " MinistralRMSNorm Ministral3RMSNorm Qwen2_5_VLRMSNorm Qwen3VLTextRMSNorm Qwen3VLMoeTextRMSNorm MllamaTextRMSNorm"
+        " PixtralRMSNorm SeedOssRMSNorm Ernie4_5RMSNorm Lfm2RMSNorm JambaRMSNorm Dots1RMSNorm CsmRMSNorm",
         "ops.rms_norm", _rms_norm, _one_vector, ("variance_epsilon",), {"casting": "llama"},
     ),
     **_all(
@@ -231,7 +236,8 @@ NORMS = {
         "ops.rms_norm", _rms_norm, _one_vector, ("variance_epsilon",),
     ),
     **_all(
-        "GemmaRMSNorm Gemma2RMSNorm Gemma3RMSNorm T5GemmaRMSNorm Qwen3NextRMSNorm",
+        "GemmaRMSNorm Gemma2RMSNorm Gemma3RMSNorm T5GemmaRMSNorm Qwen3NextRMSNorm Qwen3_5RMSNorm"
+        " Qwen3_5MoeRMSNorm RecurrentGemmaRMSNorm VaultGemmaRMSNorm",
         "ops.rms_norm", _rms_norm, _one_vector, ("eps",), {"weight_offset": 1.0},
     ),
     **_all("CohereLayerNorm Cohere2LayerNorm", "ops.layer_norm", _scaled_layer_norm, _one_vector),
@@ -239,7 +245,8 @@ NORMS = {
 MLPS = {
     **_all(
         "LlamaMLP MistralMLP Qwen2MLP Qwen3MLP GemmaMLP Gemma2MLP Gemma3MLP GraniteMLP SmolLM3MLP CohereMLP Olmo2MLP Olmo3MLP"
-        " DeepseekV2MLP DeepseekV3MLP Qwen2MoeMLP Qwen3MoeMLP",
+        " DeepseekV2MLP DeepseekV3MLP Qwen2MoeMLP Qwen3MoeMLP MinistralMLP Ministral3MLP Qwen3VLTextMLP Qwen3VLMoeTextMLP"
+        " MllamaTextMLP PixtralMLP Qwen3NextMLP Dots1MLP CsmMLP JambaMLP Ernie4_5MLP",
         "ops.gated_mlp", _mlp, _why_not_mlp, ("act_fn", "gate_proj", "up_proj", "down_proj"),
     ),
     **_all(
@@ -254,7 +261,8 @@ MLPS = {
 LOSSES = {
     **_all(
         "LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM GemmaForCausalLM Gemma2ForCausalLM"
-        " Phi3ForCausalLM Olmo2ForCausalLM SmolLM3ForCausalLM",
+        " Phi3ForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM SmolLM3ForCausalLM MinistralForCausalLM Ministral3ForCausalLM"
+        " SeedOssForCausalLM",
         "ops.linear_cross_entropy", _causal_lm, _why_not_loss, ("CausalLMOutputWithPast",), {}, True,
     ),
     **_all(

@@ -95,4 +95,7 @@ def losses(model, **options):
     out = model(**args, labels=labels, use_cache=False, **options)
     loss = out[0]
     loss.backward()
-    return out, (loss.detach()[None], {key: p.grad.clone() for key, p in model.named_parameters()})
+    return out, (
+        loss.detach()[None],
+        {key.removeprefix("_orig_mod."): p.grad.clone() for key, p in model.named_parameters()},
+    )
