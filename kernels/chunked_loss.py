@@ -169,7 +169,11 @@ def row_scales(hidden, target, token_weight, denominator):
         return scale, left
     share = inverse(denominator, wide)
     if hidden.dtype == torch.float16:
-        return scale, share  # probabilities / live tokens would often be below fp16's smallest number
+        # Probabilities / live tokens would often be below fp16's smallest number, and their plain sum over many tokens above its
+        # largest: the sum is taken as if over 4096 tokens, which a weight's gradient of that many like tokens still fits.
+        few = (share * 4096).clamp_(max=1)
+        left = share / few.masked_fill(few == 0, 1)
+        share = few
     if scale is None:
         return share.expand(target.numel()).contiguous(), left  # so that the products' results are rounded once
     return scale * share, left

@@ -24,6 +24,17 @@ def torch_chunked():
     return lambda hidden, weight, target: F.linear_cross_entropy(hidden, weight, target, options=options)
 
 
+def on_a_gpu(**options):
+    """Our op with options for less memory, which say something on a GPU only."""
+
+    def build():
+        if not torch.cuda.is_available():
+            raise ImportError("no CUDA GPU")
+        return lambda *args: ops.linear_cross_entropy(*args, backend="triton", **options)
+
+    return build
+
+
 def liger():
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -40,6 +51,8 @@ BENCH = Bench(
     reference=lambda *args: ops.linear_cross_entropy(*args, backend="reference"),
     providers=[
         *ours("linear_cross_entropy", ops.linear_cross_entropy),
+        Provider("fastlm:triton bf16 sum", on_a_gpu(weight_grad_dtype=torch.bfloat16)),
+        Provider("fastlm:triton low memory", on_a_gpu(weight_grad_dtype=torch.bfloat16, logits_bytes=64 << 20)),
         plain(by_hand),
         compiled(by_hand),
         Provider("torch chunked", torch_chunked),
