@@ -97,6 +97,12 @@ def _cases() -> dict:
             (hidden, vocabulary, target),
             "b.b",
         )
+    cases["cross_entropy"] = (lambda z, t: ops.cross_entropy(z, t, reduction="none"), (torch.randn(B, S, 11), target), "bb")
+    cases["cross_entropy mean"] = (
+        lambda z, t, w: ops.cross_entropy(z, t, w, label_smoothing=0.1),
+        (torch.randn(B, S, 11), target, torch.rand(11)),
+        "bb-",
+    )
     both, large = torch.randn(2, B, S, 11), (torch.randn(B, S, 5), torch.randn(11, 5))
     for reduction in ("mean", "none"):
         cases[f"linear_kl_div {reduction}"] = (
@@ -170,6 +176,28 @@ def check_inference_mode(mesh) -> None:
         torch.testing.assert_close(ops.rms_norm(dx, dw).full_tensor(), ops.rms_norm(x, w))
 
 
+def check_tensor_parallel(name, mesh) -> None:
+    """Matrices divided by the hidden width (MLP), by rows or by columns (LoRA): no matrix and no gradient of one is gathered."""
+    rows, columns, whole = Shard(0), Shard(1), Replicate()
+    x, low, up = torch.randn(B, S, N), torch.randn(3, N), torch.randn(2 * N, 3)
+    first, second, down = torch.randn(2 * N, N), torch.randn(2 * N, N), torch.randn(N, 2 * N)
+    fn, args, places = {
+        "mlp": (ops.mlp, (x, first, down), (whole, rows, columns)),
+        "gated_mlp": (ops.gated_mlp, (x, first, second, down), (whole, rows, rows, columns)),
+        "lora_linear by rows": (ops.lora_linear, (x, first, low, up), (whole, rows, whole, rows)),
+        "lora_linear by columns": (ops.lora_linear, (x, first, low, up), (Shard(2), columns, columns, whole)),
+    }[name]
+    plain = [a.clone().requires_grad_() for a in args]
+    divided = [distribute_tensor(a, mesh, [place]).requires_grad_() for a, place in zip(args, places)]
+    want, got = fn(*plain), fn(*divided)
+    torch.testing.assert_close(got.full_tensor(), want)
+    dy = torch.randn(want.shape, generator=torch.Generator().manual_seed(4))
+    grads = torch.autograd.grad(got.full_tensor(), divided, dy)
+    for g, w, place in zip(grads, torch.autograd.grad(want, plain, dy), places, strict=True):
+        torch.testing.assert_close(g.full_tensor(), w)
+        assert place == whole or g.placements == (place,), f"{name}: a gradient is {g.placements}, expected {place}"
+
+
 class _Block(torch.nn.Module):
     """Every op of a transformer block once."""
 
@@ -240,6 +268,10 @@ def checks(mesh) -> dict:
                 continue  # a variant of another case: the usual division is enough
             found[f"{name} | {label}"] = lambda name=name, split=split: check_dtensors(name, split, mesh)
     for name in ("rms_norm", "linear_cross_entropy mean"):
+        found[f"{name} | frozen"] = lambda name=name: check_frozen(name, mesh)
+    for name in ("mlp", "gated_mlp", "lora_linear by rows", "lora_linear by columns"):
+        found[f"{name} | tensor parallel"] = lambda name=name: check_tensor_parallel(name, mesh)
+    for name in ("mlp with biases", "lora_linear"):
         found[f"{name} | frozen"] = lambda name=name: check_frozen(name, mesh)
     found["options"] = lambda: check_options_are_not_mixed_up(mesh)
     found["fsdp2"] = lambda: check_fsdp(mesh)
