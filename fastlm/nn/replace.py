@@ -19,7 +19,7 @@ from torch import nn
 from fastlm.nn import transformers as interface
 from fastlm.nn.replace_table import LOSSES, MLPS, NORMS, Known, defining_class, known, original
 
-_LOOKS_LIKE = re.compile(r"(Norm|MLP|FeedForward|FFN|Experts)$")
+_LOOKS_LIKE = re.compile(r"(Norm|MLP|FeedForward|FFN|ActDense|Experts)$")
 _ROOT = "(the model)"
 
 

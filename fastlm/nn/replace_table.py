@@ -244,7 +244,8 @@ NORMS = {
 }  # fmt: skip
 MLPS = {
     **_all(
-        "LlamaMLP MistralMLP Qwen2MLP Qwen3MLP GemmaMLP Gemma2MLP Gemma3MLP GraniteMLP SmolLM3MLP CohereMLP Olmo2MLP Olmo3MLP"
+        "LlamaMLP MistralMLP Qwen2MLP Qwen3MLP GemmaMLP Gemma2MLP Gemma3MLP GraniteMLP SmolLM3MLP"
+        " CohereMLP Cohere2MLP Olmo2MLP Olmo3MLP"
         " DeepseekV2MLP DeepseekV3MLP Qwen2MoeMLP Qwen3MoeMLP MinistralMLP Ministral3MLP Qwen3VLTextMLP Qwen3VLMoeTextMLP"
         " MllamaTextMLP PixtralMLP Qwen3NextMLP Dots1MLP CsmMLP JambaMLP Ernie4_5MLP",
         "ops.gated_mlp", _mlp, _why_not_mlp, ("act_fn", "gate_proj", "up_proj", "down_proj"),
@@ -260,9 +261,9 @@ MLPS = {
 # No other model: what stands between lm_head and the loss (scales, an auxiliary loss) differs.
 LOSSES = {
     **_all(
-        "LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM GemmaForCausalLM Gemma2ForCausalLM"
-        " Phi3ForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM SmolLM3ForCausalLM MinistralForCausalLM Ministral3ForCausalLM"
-        " SeedOssForCausalLM",
+        "LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM GemmaForCausalLM"
+        " Gemma2ForCausalLM Gemma3ForCausalLM Phi3ForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM SmolLM3ForCausalLM"
+        " MinistralForCausalLM Ministral3ForCausalLM SeedOssForCausalLM",
         "ops.linear_cross_entropy", _causal_lm, _why_not_loss, ("CausalLMOutputWithPast",), {}, True,
     ),
     **_all(

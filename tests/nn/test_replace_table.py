@@ -257,4 +257,5 @@ def test_the_table_is_true_of_this_transformers():
     }
     assert not {key: names for key, names in different.items() if names}
     different = {name for name in replace_table.LOSSES if _code(classes[name]) != _code(classes["LlamaForCausalLM"])}
-    assert different == {"GPT2LMHeadModel", "Gemma2ForCausalLM"}, "tested on their own"
+    assert different == {"GPT2LMHeadModel", "Gemma2ForCausalLM", "Gemma3ForCausalLM"}, "tested on their own"
+    assert _code(classes["Gemma2ForCausalLM"]) == _code(classes["Gemma3ForCausalLM"])
