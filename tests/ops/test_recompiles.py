@@ -16,7 +16,7 @@ import json, torch
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from benchmarks import aot
-from fastlm.kernels import activation, layer_norm, rotary
+from fastlm.kernels import activation, layer_norm, lora_product, mlp_epilogue, rotary
 
 aot._keep_ptxas_log()
 plain_run, compiled = JITFunction.run, {}
@@ -43,6 +43,11 @@ for length in range(1, 65):
         w = meta(x.shape[-1])
         _, _, mean, rstd = layer_norm.layer_norm_fwd(x, w, w, None, None, 1e-5, 0.0, False, 0.0)
         layer_norm.layer_norm_bwd(x, None, x, w, w, mean, rstd, None, False, True, True, 1e-5, 0.0, 0.0)
+    x, matrix, low = meta(3, length, 256), meta(256, 256), meta(16, 256)
+    mlp = (matrix, matrix, matrix, None, None, None)
+    mlp_epilogue.mlp_fwd(x, *mlp, 1, "silu", True)
+    mlp_epilogue.mlp_bwd(x, x, meta(3, length, 2, 256), *mlp, 15, 1, "silu", True)
+    lora_product.lora_linear_fwd(x, matrix, low, low.t(), None, 0.5 * length)
     activation.glu_bwd(x, *meta(3, length, 512).chunk(2, -1), "silu")
 print(json.dumps({name: len(hashes) for name, hashes in compiled.items()}))
 """
@@ -65,4 +70,7 @@ def test_64_lengths_compile_once():
         "_norm_fwd_kernel": 2,  # one for each width
         "_norm_bwd_kernel": 2,
         "_activation_bwd_kernel": 1,
+        "_mlp_hidden_kernel": 2,  # for up to 64 rows, and for more
+        "_mlp_slopes_kernel": 2,
+        "_lora_product_kernel": 2,
     }
