@@ -3,7 +3,7 @@
 from fastlm.nn import transformers
 from fastlm.nn.attention import Attention, alibi_slopes
 from fastlm.nn.cache import KVCache
-from fastlm.nn.distillation_loss import KLDivLoss
+from fastlm.nn.distillation_loss import CrossEntropyLoss, KLDivLoss
 from fastlm.nn.lora import LoRALinear
 from fastlm.nn.loss import LinearCrossEntropyLoss
 from fastlm.nn.mlp import MLP, GatedMLP
@@ -16,6 +16,7 @@ from fastlm.nn.softmax import Softmax
 __all__ = [
     "MLP",
     "Attention",
+    "CrossEntropyLoss",
     "GatedMLP",
     "KLDivLoss",
     "KVCache",

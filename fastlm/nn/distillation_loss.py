@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastlm.ops.cross_entropy import check_loss_options, cross_entropy
 from fastlm.ops.kl_div import check_options, kl_div
 
 
@@ -44,3 +45,52 @@ class KLDivLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, temperature={self.temperature}, reduction={self.reduction!r}"
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """torch.nn.CrossEntropyLoss over logits [..., V] and class numbers [...], computed by ops.cross_entropy, in fp32.
+
+    Same constructor and state dict, and scale, softcap and z_loss beside (see ops.cross_entropy). Two differences: classes lie
+    along the last dimension whatever the number of dimensions, and a mean without a row that counts is 0 instead of NaN.
+
+    forward(input, target, token_weight=None, denominator=None) -> the loss, 0-d, or [...] for reduction "none".
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+    ) -> None:
+        super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+        check_loss_options("CrossEntropyLoss", reduction, label_smoothing, scale, softcap, z_loss)
+        self.scale, self.softcap, self.z_loss = scale, softcap, z_loss
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        token_weight: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            scale=self.scale,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+            token_weight=token_weight,
+            denominator=denominator,
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, scale={self.scale}, softcap={self.softcap}, z_loss={self.z_loss}"

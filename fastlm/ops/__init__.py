@@ -8,6 +8,7 @@ from fastlm.ops.attention import attention
 from fastlm.ops.attention_maps import attention_weights, received_attention
 from fastlm.ops.attention_options import RelativeBias
 from fastlm.ops.block_mask import BlockMask
+from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.decode_attention import decode_attention
 from fastlm.ops.kl_div import kl_div
 from fastlm.ops.layer_norm import layer_norm
@@ -29,6 +30,7 @@ __all__ = [
     "append_kv_",
     "attention",
     "attention_weights",
+    "cross_entropy",
     "decode_attention",
     "explain",
     "gated_mlp",

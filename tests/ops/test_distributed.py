@@ -60,6 +60,7 @@ def _failures(results, start):
         "rotary",
         "attention",
         "linear_cross_entropy",
+        "cross_entropy",
         "kl_div",
         "linear_kl_div",
         "linear_logprobs",

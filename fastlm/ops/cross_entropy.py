@@ -1,0 +1,229 @@
+"""Cross entropy of logits against class numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm.kernels.chunked_loss import inverse
+from fastlm.ops import loss_checks as checks
+from fastlm.ops._op import Op, compute_dtype, grad_of
+
+
+def _scaled(input, scale, softcap):
+    x = input.to(compute_dtype(input))
+    if scale != 1:
+        x = x * scale
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
+def _reference(input, target, weight, ignore_index, label_smoothing, z_loss, scale, softcap):
+    live, V = target != ignore_index, input.shape[-1]
+    x = _scaled(input, scale, softcap).masked_fill(~live.unsqueeze(-1), 0)
+    lse = x.logsumexp(-1)
+    index = target.clamp(0, V - 1)
+    w = None if weight is None else weight.to(x.dtype)
+    loss = (1 - label_smoothing) * (lse - x.gather(-1, index.unsqueeze(-1)).squeeze(-1))
+    if w is not None:
+        loss = loss * w[index]
+    if label_smoothing:  # else 0 times the -inf of a class that is ruled out
+        terms = lse.unsqueeze(-1) - x
+        loss = loss + label_smoothing / V * (terms if w is None else terms * w).sum(-1)
+    loss = loss + z_loss * lse.square()
+    return loss.where((target >= 0) & (target < V), torch.nan).where(live, 0)
+
+
+def _torch(input, target, weight, ignore_index, label_smoothing, z_loss, scale, softcap, reduction="none"):
+    x = _scaled(input, scale, softcap).reshape(-1, input.shape[-1])
+    loss = F.cross_entropy(
+        x,
+        target.reshape(-1),
+        None if weight is None else weight.to(x.dtype),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    if reduction != "none":
+        return loss
+    if z_loss:
+        loss = loss + z_loss * x.logsumexp(-1).square().masked_fill(target.reshape(-1) == ignore_index, 0)
+    return loss.view(target.shape)
+
+
+OP = Op(
+    "cross_entropy",
+    "(Tensor input, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, float z_loss, float scale,"
+    " float? softcap, str backend) -> (Tensor loss, Tensor statistics)",
+    "(Tensor dloss, Tensor input, Tensor target, Tensor? weight, Tensor statistics, int ignore_index, float label_smoothing,"
+    " float z_loss, float scale, float? softcap, str backend) -> Tensor",
+    reference=_reference,
+    torch=_torch,
+    kernels={"triton": ("cross_entropy:cross_entropy_fwd", "cross_entropy:cross_entropy_bwd")},
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+)
+
+
+def _fake_forward(input, target, *_):
+    loss = input.new_empty(target.shape, dtype=torch.float32)
+    return loss, input.new_empty((2, target.numel()), dtype=torch.float32)
+
+
+def _fake_backward(dloss, input, *_):
+    return input.new_empty(input.shape)
+
+
+OP.fake(_fake_forward, _fake_backward)
+
+
+@OP.autograd
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, target, weight, *options):
+        loss, statistics = OP.below(input, target, weight, *options)
+        ctx.save_for_backward(input, target, weight, statistics)
+        ctx.options = options
+        ctx.mark_non_differentiable(statistics)
+        return loss, statistics
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        return OP.backward(dloss, *ctx.saved_tensors, *ctx.options), None, None, *(None,) * len(ctx.options)
+
+
+@OP.backward_reference
+def _backward_reference(dloss, input, target, weight, statistics, *options):
+    return grad_of(lambda z: _reference(z, target, weight, *options[:-1]), (input,), (dloss,))[0]
+
+
+def _shard_forward(input, target, weight, *options):
+    from torch.distributed.tensor import Replicate, Shard
+
+    def rule(place, statistics):
+        return [place, statistics], [place, place, None if weight is None else Replicate(), *(None,) * len(options)]
+
+    return [rule(Replicate(), Replicate())] + ([rule(Shard(0), Shard(1))] if input.ndim > 1 else [])
+
+
+def _shard_backward(dloss, input, target, weight, statistics, *options):
+    from torch.distributed.tensor import Replicate, Shard
+
+    def rule(place, of_statistics):
+        whole = None if weight is None else Replicate()
+        return [place], [place, place, place, whole, of_statistics, *(None,) * len(options)]
+
+    return [rule(Replicate(), Replicate())] + ([rule(Shard(0), Shard(1))] if input.ndim > 1 else [])
+
+
+OP.sharding(_shard_forward, _shard_backward)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """F.cross_entropy of logits and class numbers, the classes along the last dimension, in fp32, with a few more options.
+
+        z = scale * input;   z = softcap * tanh(z / softcap) if given;   lse = log sum_v exp(z_v);   y = target, w = weight
+        loss_i = (1 - e) w_y (lse - z_y) + e / V sum_v w_v (lse - z_v) + z_loss lse^2,   e = label_smoothing
+
+    Args:
+        input: [..., V], fp16, bf16 or fp32 (fp64 too on reference and torch), any strides. It is never overwritten.
+        target: [...], int64, the class of each row, already shifted.
+        weight: [V] float class weights, a constant, or None for ones.
+        ignore_index: rows with this target add nothing to loss, gradients or what the mean divides by.
+        reduction: "mean", "sum", or "none".
+        label_smoothing: share of the target mass spread over all classes, in [0, 1] (arXiv:1512.00567).
+        scale: factor of the logits, a number.
+        softcap: bound of the logits (Gemma 2, arXiv:2408.00118), or None.
+        z_loss: coefficient of lse^2, which keeps the logits from drifting (PaLM, arXiv:2204.02311).
+        token_weight: [...] float, multiplies each row's loss; differentiable. It does not change what a mean divides by.
+        denominator: what the mean divides by instead of the sum of the class weights of the rows that count (without class
+            weights: their number); a number or a 0-d tensor. 0 gives 0.
+        backend: "auto", "reference", "torch" or "triton".
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 input): 0-d, or target's shape for "none". A mean without a row that counts is 0 with zero
+        gradients (torch: NaN). Under autocast dtypes are kept.
+
+    Memory: two fp32 numbers a row are kept for the backward, which reads the logits once more and writes their gradient. No host
+    sync: values of targets are checked on the CPU only; elsewhere a target outside [0, V) gives a NaN loss. Deterministic.
+
+    Raises:
+        ValueError: shapes that do not fit, a target out of range (CPU), an unknown reduction or a number out of range, an
+            unknown or unsupported backend. TypeError: input or weights not floating point, target not int64.
+
+    Backends: triton (compute capability >= 8.0), torch (F.cross_entropy itself; the CPU default), reference.
+    """
+    _check(input, target, weight, reduction, label_smoothing, scale, softcap, z_loss, token_weight, denominator)
+    backend = OP.choose(backend, input, target, weight)
+    checks.check_target_values("cross_entropy", target, input.shape[-1], ignore_index)
+    number = None if softcap is None else float(softcap)
+    args = input, target, weight, ignore_index, float(label_smoothing), float(z_loss), float(scale), number
+    if (
+        backend == "torch" and not z_loss and token_weight is None and denominator is None and reduction == "mean"
+        and type(input) is Tensor and input.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):  # fmt: skip
+        loss = _torch(*args, reduction="mean")
+        if not math.isnan(loss.detach()):
+            return loss
+    loss = OP.plain(backend, *args) if backend in OP.plain_forms else OP.forward(*args, backend)[0]
+    if token_weight is not None:
+        loss = loss * token_weight.masked_fill(target == ignore_index, 0).to(loss.dtype)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() * inverse(checks.mean_denominator(denominator, input, target, weight, ignore_index), loss.dtype)
+
+
+def _check(input, target, weight, reduction, label_smoothing, scale, softcap, z_loss, token_weight, denominator):
+    name = "cross_entropy"
+    if not input.is_floating_point():
+        raise TypeError(f"{name}: input must be floating point, got {input.dtype}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"{name}: target must be int64 class numbers, got {target.dtype}; for probabilities see kl_div")
+    if input.ndim == 0 or input.shape[-1] == 0 or target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"{name}: input must be [..., V] and target [...] alike, got {list(input.shape)} and {list(target.shape)}; "
+            "classes lie along the last dimension, input.movedim(1, -1) of F.cross_entropy's"
+        )
+    if weight is not None:
+        checks.check_constant(name, "weight", weight, input.shape[-1:])
+    if token_weight is not None and (not token_weight.is_floating_point() or token_weight.shape != target.shape):
+        raise ValueError(
+            f"{name}: token_weight must be floating point and {list(target.shape)} like target, "
+            f"got {token_weight.dtype} {list(token_weight.shape)}"
+        )
+    check_loss_options(name, reduction, label_smoothing, scale, softcap, z_loss)
+    if denominator is not None:
+        if reduction != "mean":
+            raise ValueError(f"{name}: denominator is what a 'mean' divides by; reduction is {reduction!r}")
+        if (isinstance(denominator, Tensor) and denominator.ndim) or (
+            not isinstance(denominator, Tensor) and not denominator >= 0
+        ):
+            raise ValueError(f"{name}: denominator must be a number >= 0 or a 0-d tensor, got {denominator}")
+
+
+def check_loss_options(name, reduction, label_smoothing, scale, softcap, z_loss):
+    """The errors that the module shares."""
+    checks.check_logits(name, scale, softcap, None)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not z_loss >= 0:
+        raise ValueError(f"{name}: z_loss must be >= 0, got {z_loss}")
