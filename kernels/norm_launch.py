@@ -45,7 +45,9 @@ def norm_fwd(x, weight, bias, residual, seed, eps, weight_offset, llama, dropout
         "HAS_RESIDUAL": residual is not None, "DROPOUT": seed is not None, "ROUND_FIRST": llama,
     }  # fmt: skip
     numbers = (N, eps, weight_offset, *_dropout(dropout_p))
-    widest = 32768 if seed is None else 16384  # more would spill
+    widest = (
+        16384 if seed is not None or (residual is not None and residual.element_size() > 2) else 32768
+    )  # or it spills
     if widest < N:
         _norm_wide_fwd_kernel[(M,)](*pointers, *x_rows, *r_rows, *numbers, **features, BLOCK_N=_WIDE, num_warps=8)
     else:
@@ -76,7 +78,8 @@ def norm_bwd(dy, dresidual_out, x, weight, bias, mean, rstd, seed, has_residual,
         )
     M = x.numel() // N
     # Wider rows would spill: the sums of dweight (and dbias) alone are N fp32 numbers in the registers of one program.
-    widest = 8192 if centred or seed is not None or x.element_size() > 2 else 16384
+    heavy = centred or seed is not None
+    widest = 4096 if heavy and two_out and x.element_size() > 2 else 8192 if heavy or x.element_size() > 2 else 16384
     launch = _wide_backward if widest < N else _row_backward
     (dy, *dy_rows), (x, *x_rows) = at_two_strides(dy), at_two_strides(x)
     ds, *ds_rows = (x, *x_rows) if dresidual_out is None else at_two_strides(dresidual_out)
@@ -109,10 +112,11 @@ def _row_backward(dy, ds, x, weight, mean, rstd, seed, dx, dresidual, strides, M
     elements, per_thread = (4096, 16) if not features["DROPOUT"] else (2048, 8)
     block_m, block_n, warps = _tile(N, elements, 16, per_thread)
     programs = min(triton.cdiv(M, block_m), 2 * num_sms(x.device))
+    reload = N > 4096 or (N * x.element_size() > 8192 and not features["DROPOUT"])
     partials = _partials(programs, N, features, x.device)
     _norm_bwd_kernel[(programs,)](
         dy, ds, x, weight, mean, rstd, seed, dx, dresidual, *partials, *strides, M, N, *numbers,
-        **features, RELOAD=N > 4096, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        **features, RELOAD=reload, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
     )  # fmt: skip
     return partials
 
@@ -123,7 +127,7 @@ def _wide_backward(dy, ds, x, weight, mean, rstd, seed, dx, dresidual, strides, 
     _norm_wide_sums_kernel[(M,)](
         dy, x, weight, mean, rstd, seed, centre, along, *strides[:3], *strides[6:], N, *numbers,
         CENTRED=features["CENTRED"], HAS_WEIGHT=features["HAS_WEIGHT"],
-        DROPOUT=features["DROPOUT"] and not features["HAS_RESIDUAL"], BLOCK_N=_WIDE, num_warps=8,
+        DROPOUT=features["DROPOUT"] and not features["HAS_RESIDUAL"], BLOCK_N=_WIDE // (x.element_size() // 2), num_warps=8,
     )  # fmt: skip
     block_m, block_n = 1 if features["DROPOUT"] or x.element_size() > 2 else 2, 1024
     blocks = triton.cdiv(N, block_n)

@@ -92,15 +92,17 @@ BENCH = Bench(
 )
 
 
-def _aot(n, residual=False, dropout=False, heads=None):
+def _aot(n, residual=False, dropout=False, heads=None, stream=None):
     x = meta(8192, n) if heads is None else meta(256, 3 * heads, n)[:, :heads]
     vector, stats = meta(n), meta(*x.shape[:-1], dtype=torch.float32)
-    other, seed, p = x if residual else None, meta(2, dtype=torch.int64) if dropout else None, 0.1 if dropout else 0.0
+    other = (x if stream is None else meta(8192, n, dtype=stream)) if residual else None
+    seed, p = meta(2, dtype=torch.int64) if dropout else None, 0.1 if dropout else 0.0
     bias, mean = vector, stats
+    saved = other if residual else x
     return [
         Aot("layer_norm:layer_norm_fwd", x, vector, bias, other, seed, 1e-5, 0.0, False, p),
         Aot(
-            "layer_norm:layer_norm_bwd", x, other, x, vector, bias, mean, stats, seed, residual, True, True, 1e-5, 0.0, p
+            "layer_norm:layer_norm_bwd", x, other, saved, vector, bias, mean, stats, seed, residual, True, True, 1e-5, 0.0, p
         ),
     ]  # fmt: skip
 
@@ -112,3 +114,4 @@ AOT = [
     for case in _aot(n, residual)
 ]
 AOT += [*_aot(128, heads=32), *_aot(4096, True, True)]
+AOT += [case for n in (4096, 16384) for case in _aot(n, True, stream=torch.float32)]
