@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlm.kernels import chunked_loss
 from fastlm.ops import loss_checks as checks
-from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
+from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of, host_values
 from fastlm.ops.loss_rows import cross_entropy_rows
 
 # Logits up to which the CPU takes torch's own two calls: chunks save nothing there, and their dozens of small torch calls
@@ -25,8 +25,7 @@ def _reference(hidden, weight, bias, target, token_weight, class_weight, denomin
     logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    lse = logits.logsumexp(-1)
-    live = target != ignore_index
+    lse, live = logits.logsumexp(-1), target != ignore_index
     index = target.clamp(0, weight.shape[0] - 1)
     loss = lse - logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     w = None if class_weight is None else class_weight.to(dtype)
@@ -41,28 +40,34 @@ def _reference(hidden, weight, bias, target, token_weight, class_weight, denomin
     if token_weight is not None:
         loss = loss * token_weight.to(dtype)
     loss = loss.where(live, 0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if denominator is None else loss.sum() * chunked_loss.inverse(denominator, dtype)
+    return chunked_loss.reduced(loss, target, None, denominator, ignore_index, reduction)
 
 
 def _small(hidden, weight, bias, target, token_weight, class_weight, denominator, ignore_index, label_smoothing, scale,
            reduction):  # fmt: skip
     """torch's own two calls, which hold all logits, with our meaning of dtypes and of a batch without a live row."""
     logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-    logits, flat = logits.to(compute_dtype(hidden)).reshape(-1, weight.shape[0]), target.reshape(-1)
+    logits = logits.to(compute_dtype(hidden))
+    logits, flat = (logits, target) if target.ndim == 1 else (logits.reshape(-1, weight.shape[0]), target.reshape(-1))
     if scale != 1:
         logits = logits * scale
     w = None if class_weight is None else class_weight.to(logits.dtype)
-    each = reduction == "none" or token_weight is not None
-    loss = F.cross_entropy(logits, flat, w, reduction="none" if each else "sum", ignore_index=ignore_index,
-                           label_smoothing=label_smoothing)  # fmt: skip
-    if token_weight is not None:
-        loss = loss * token_weight.reshape(-1).to(loss.dtype).masked_fill(flat == ignore_index, 0)
-    if reduction == "none":
-        return loss.view(target.shape)
-    loss = loss.sum() if each else loss
-    return loss if denominator is None else loss * chunked_loss.inverse(denominator, loss.dtype)
+    call = partial(F.cross_entropy, logits, flat, w, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    if reduction == "none" or token_weight is not None:
+        loss = call(reduction="none")
+        if token_weight is not None:
+            loss = loss * token_weight.reshape(-1).to(loss.dtype).masked_fill(flat == ignore_index, 0)
+        if reduction == "none":
+            return loss.view(target.shape)
+        loss = loss.sum()
+    elif reduction == "mean" and w is denominator is None and host_values((flat != ignore_index).any()):
+        return call()
+    else:
+        loss = call(reduction="sum")
+    if reduction == "sum":
+        return loss
+    denominator = checks.mean_denominator(denominator, hidden, target, class_weight, ignore_index)
+    return loss * chunked_loss.inverse(denominator, loss.dtype)
 
 
 def scale_in_place(t, factor):
@@ -77,8 +82,7 @@ def scale_in_place(t, factor):
 
 
 def _scaled(t, factor):
-    wide = compute_dtype(t)
-    return t * factor.to(wide) if t.dtype == wide else t.to(wide).mul_(factor).to(t.dtype)
+    return t * factor if t.dtype == factor.dtype else t.to(factor.dtype).mul_(factor).to(t.dtype)
 
 
 OP = Op(
@@ -343,17 +347,20 @@ def linear_cross_entropy(
             input, linear_weight, linear_bias, target, token_weight, weight, denominator, *options, reduction, narrow,
             logits_bytes, group, backend,
         )  # fmt: skip
+    tensors = (input, linear_weight, linear_bias, target, token_weight, weight)
+    backend = OP.choose(backend, *tensors[:4])
+    few = target.numel() * linear_weight.shape[0] <= _SMALL and not z_loss and softcap is None
+    if backend == "torch" and few and type(target) is Tensor and target.device.type == "cpu":
+        try:
+            return _small(*tensors, denominator, ignore_index, label_smoothing, options[3], reduction)
+        except IndexError:  # torch has looked at the targets; what is wrong with them is said below
+            pass
     checks.check_target_values("linear_cross_entropy", target, linear_weight.shape[0], ignore_index)
-    backend = OP.choose(backend, input, linear_weight, linear_bias, target)
     if reduction == "mean":
         denominator = checks.mean_denominator(denominator, input, target, weight, ignore_index)
-    tensors = (input, linear_weight, linear_bias, target, token_weight, weight, denominator)
+    tensors = (*tensors, denominator)
     if backend in OP.plain_forms:
         return OP.plain(backend, *tensors, *options, reduction)
-    on_cpu = type(target) is Tensor and target.device.type == "cpu"
-    few = target.numel() * linear_weight.shape[0] <= _SMALL and not z_loss and softcap is None
-    if backend == "torch" and on_cpu and few:
-        return _small(*tensors, ignore_index, label_smoothing, options[3], reduction)
     grad = torch.is_grad_enabled()
     need = [grad and t is not None and t.requires_grad for t in tensors[:3]]
     options = (*options, reduction, narrow, logits_bytes, *need, backend)

@@ -14,6 +14,8 @@ from fastlm.ops import loss_checks as checks
 from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
 from fastlm.ops.loss_rows import gradient, statistics
 
+_SMALL = 1 << 15  # logits up to which the CPU takes torch's own calls, of which autograd makes fewer than _Kept
+
 
 class LogProbs(NamedTuple):
     """What linear_logprobs returns, each [...] like target: fp32 (fp64 for fp64 input), but hit is bool."""
@@ -50,7 +52,7 @@ def _reference(hidden, weight, bias, target, ignore_index, scale, softcap, *_):
 
 
 def _fusible(hidden, weight, bias, target, ignore_index, scale, softcap):
-    """In torch's own calls, for torch.compile to fuse."""
+    """In torch's own calls: for torch.compile to fuse, and where a call's own time is what counts."""
     z = _logits(hidden, weight, bias, hidden.dtype, scale, softcap)
     logp = z.log_softmax(-1)
     peak, at = z.max(-1)
@@ -255,7 +257,7 @@ def linear_logprobs(
     if backend == "torch" and type(target) is Tensor and target.device.type == "cpu" and target.numel():
         budget = chunked_loss.LOGITS_BYTES["cpu"] if logits_bytes is None else logits_bytes
         if target.numel() * linear_weight.shape[0] * input.element_size() <= budget:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or target.numel() * linear_weight.shape[0] <= _SMALL:
                 return _fusible(*tensors, *options)
             with torch.autocast("cpu", enabled=False):
                 return LogProbs(*_Kept.apply(*tensors, *options))
