@@ -81,18 +81,25 @@ def rotary(draw):
     half = draw(st.integers(1, width // 2))
     interleaved = draw(st.booleans())
     angles = torch.rand(16, half, generator=torch.Generator().manual_seed(half)) * 6
-    positions = None
-    if draw(st.booleans()):
-        positions = (torch.arange(B * S).view(B, S) * 5) % 16
+    place = draw(st.sampled_from(("from 0", "positions", "offset", "packed")))
+    at, lead = torch.arange(S).expand(B, S), (B, S)
+    where = {}
+    if place == "positions":
+        where["positions"] = at = (torch.arange(B * S).view(B, S) * 5) % 16
+    elif place == "offset":
+        where["offset"] = torch.arange(B) * 3
+        at = at + where["offset"][:, None]
+    elif place == "packed":
+        where["cu_seqlens"] = torch.arange(B + 1, dtype=torch.int32) * S
+        at, lead = at.flatten(), (B * S,)
 
     def call(backend, q, k):
         cos, sin = angles.cos().to(q.device), angles.sin().to(q.device)
-        at = None if positions is None else positions.to(q.device)
-        return ops.rotary(q, k, cos, sin, interleaved=interleaved, positions=at, backend=backend)
+        there = {name: t.to(q.device) for name, t in where.items()}
+        return ops.rotary(q, k, cos, sin, interleaved=interleaved, **there, backend=backend)
 
     def plain(q, k):
-        rows = torch.arange(S).expand(B, S) if positions is None else positions
-        turn = torch.polar(torch.ones(()), angles)[rows].to(q.device)[:, :, None]  # e^(i angle)
+        turn = torch.polar(torch.ones(()), angles)[at].to(q.device).unsqueeze(-2)  # e^(i angle)
 
         def turned(x):
             wide = x.double() if x.dtype == torch.float64 else x.float()
@@ -105,8 +112,8 @@ def rotary(draw):
 
         return turned(q), turned(k)
 
-    options = {"half": half, "interleaved": interleaved, "positions": positions is not None}
-    return Plan({"q": (B, S, H, width), "k": (B, S, H_kv, width)}, call, plain, options)
+    options = {"half": half, "interleaved": interleaved, "place": place}
+    return Plan({"q": (*lead, H, width), "k": (*lead, H_kv, width)}, call, plain, options)
 
 
 def attention(draw):
@@ -378,4 +385,4 @@ def linear_kl_div(draw):
 
 _EVERY = (rms_norm, layer_norm, activation, glu, rotary, attention, softmax, mlp, gated_mlp, lora_linear, cross_entropy,
           linear_cross_entropy, linear_logprobs, kl_div, linear_kl_div)  # fmt: skip
-PLANS = {plan.__name__: plan for plan in _EVERY if hasattr(ops, plan.__name__)}
+PLANS = {plan.__name__: plan for plan in _EVERY}

@@ -4,11 +4,14 @@ The reference must equal plain torch in fp64; the Triton kernels must keep the a
 run.
 """
 
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastlm.kernels import chunked_loss
 from fastlm.ops._op import REGISTRY
 from fastlm.testing import assert_accurate
 from tests.ops.fuzz import LAYOUTS, laid_out, outputs_and_gradients, tensors_of
@@ -95,6 +98,23 @@ def test_reference(op):
 def test_torch_form(op):
     if "torch" not in REGISTRY[op].backends:
         pytest.skip(f"{op} has no torch form")
+    _each(100, _check_plain_form, op, "torch")
+
+
+# What is left to torch's own calls, for these small draws too in the form that large tensors take.
+SWITCHES = [
+    ("kl_div", "_SMALL"), ("linear_cross_entropy", "_SMALL"), ("lora_linear", "_SMALL"), ("norm_torch", "_FEW"),
+    ("norm_torch", "_FEW_FORWARD"), ("rotary", "_FEW"), ("softmax", "_FEW"),
+]  # fmt: skip
+
+
+@OPS
+def test_torch_form_of_large_tensors(op, monkeypatch):
+    if "torch" not in REGISTRY[op].backends:
+        pytest.skip(f"{op} has no torch form")
+    for module, name in SWITCHES:
+        monkeypatch.setattr(sys.modules[f"fastlm.ops.{module}"], name, 0)
+    monkeypatch.setitem(chunked_loss.LOGITS_BYTES, "cpu", 500)
     _each(100, _check_plain_form, op, "torch")
 
 
