@@ -247,7 +247,10 @@ def test_a_matrix_of_another_dtype_and_memory_order(backend, recompute, device):
         for grad, weight in zip(grads, weights):
             assert grad.dtype == torch.float32 and grad.stride() == weight.stride()
         results.append((y, *grads))
-    for one, other in zip(*results):
+    bias = torch.zeros(up.shape[0], dtype=torch.float64, device=device)
+    results.append((ops.mlp(x, up.to(x.dtype), down, bias, recompute=recompute, backend="torch"), *results[0][1:]))
+    for one, other, third in zip(*results):
+        torch.testing.assert_close(one, third)
         torch.testing.assert_close(one, other)
 
 
