@@ -37,20 +37,20 @@ def _reference(input, target, weight, ignore_index, label_smoothing, z_loss, sca
 
 
 def _torch(input, target, weight, ignore_index, label_smoothing, z_loss, scale, softcap, reduction="none"):
-    x = _scaled(input, scale, softcap).reshape(-1, input.shape[-1])
-    loss = F.cross_entropy(
-        x,
-        target.reshape(-1),
-        None if weight is None else weight.to(x.dtype),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    plain = scale == 1 and softcap is None and input.dtype in (torch.float32, torch.float64)
+    x = input if plain else _scaled(input, scale, softcap)
+    flat = target
+    if x.ndim != 2:
+        x, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    if weight is not None and weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if reduction != "none":
-        return loss
+        return F.cross_entropy(x, flat, weight, reduction=reduction, **options)
+    loss = F.cross_entropy(x, flat, weight, reduction="none", **options)
     if z_loss:
-        loss = loss + z_loss * x.logsumexp(-1).square().masked_fill(target.reshape(-1) == ignore_index, 0)
-    return loss.view(target.shape)
+        loss = loss + z_loss * x.logsumexp(-1).square().masked_fill(flat == ignore_index, 0)
+    return loss if x is input else loss.view(target.shape)
 
 
 OP = Op(
@@ -170,16 +170,19 @@ def cross_entropy(
     """
     _check(input, target, weight, reduction, label_smoothing, scale, softcap, z_loss, token_weight, denominator)
     backend = OP.choose(backend, input, target, weight)
-    checks.check_target_values("cross_entropy", target, input.shape[-1], ignore_index)
     number = None if softcap is None else float(softcap)
     args = input, target, weight, ignore_index, float(label_smoothing), float(z_loss), float(scale), number
     if (
-        backend == "torch" and not z_loss and token_weight is None and denominator is None and reduction == "mean"
+        backend == "torch" and reduction == "mean" and not z_loss and token_weight is None and denominator is None
         and type(input) is Tensor and input.device.type == "cpu" and not torch.compiler.is_compiling()
     ):  # fmt: skip
-        loss = _torch(*args, reduction="mean")
-        if not math.isnan(loss.detach()):
-            return loss
+        try:
+            loss = OP.plain("torch", *args, "mean")
+            if not math.isnan(loss.item()):
+                return loss
+        except IndexError:  # a target out of range, for which there is a better message
+            pass
+    checks.check_target_values("cross_entropy", target, input.shape[-1], ignore_index)
     loss = OP.plain(backend, *args) if backend in OP.plain_forms else OP.forward(*args, backend)[0]
     if token_weight is not None:
         loss = loss * token_weight.masked_fill(target == ignore_index, 0).to(loss.dtype)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._op import Op, compute_dtype, grad_of
+from fastlm.kernels.chunked_loss import inverse
+from fastlm.ops._op import Op, _without_autocast, compute_dtype, grad_of
 
 _SCRATCH_BYTES = 1 << 19
 # Elements up to which the CPU takes torch's own calls for the two ends of beta: their tensors then stay in the cache.
@@ -150,20 +151,20 @@ def _torch(student, teacher, mask, beta, temperature):
     if torch.compiler.is_compiling() or student.device.type != "cpu":
         return _reference(student, teacher, mask, beta, temperature)
     if student.numel() <= _SMALL and mask is None and beta in (0, 1):
-        loss = _small(student, teacher, beta, temperature)
+        loss = _small(student, teacher, beta, temperature, "none").sum(-1)
         if not math.isnan(loss.detach().sum()):
             return loss
     return _Rows.apply(student, teacher, mask, beta, temperature)
 
 
-def _small(student, teacher, beta, temperature):
+def _small(student, teacher, beta, temperature, reduction):
     """torch's own calls, NaN where they have 0 times infinity."""
     dtype = compute_dtype(student)
-    log_q, log_p = (
-        (t if temperature == 1 else t.to(dtype) / temperature).log_softmax(-1, dtype=dtype) for t in (student, teacher)
-    )
+    if temperature != 1:
+        student, teacher = student.to(dtype) / temperature, teacher.to(dtype) / temperature
+    log_q, log_p = student.log_softmax(-1, dtype=dtype), teacher.log_softmax(-1, dtype=dtype)
     pair = (log_q, log_p) if beta == 0 else (log_p, log_q)
-    return F.kl_div(*pair, reduction="none", log_target=True).sum(-1)
+    return F.kl_div(*pair, reduction=reduction, log_target=True)
 
 
 OP = Op(
@@ -267,13 +268,14 @@ def reduced(loss, mask, token_weight, reduction, denominator):
     if reduction == "none":
         return loss
     total = loss.sum()
-    if reduction == "sum":
-        return total
+    return total if reduction == "sum" else _mean(total, loss.numel(), mask, denominator)
+
+
+def _mean(total, rows, mask, denominator):
     if isinstance(denominator, Tensor):
-        share = denominator.to(loss.dtype).reciprocal()
-        return total * share.masked_fill(denominator == 0, 0)
+        return total * inverse(denominator, total.dtype)
     if denominator is None:
-        denominator = max(loss.numel(), 1) if mask is None else mask.sum().clamp(min=1)
+        denominator = max(rows, 1) if mask is None else mask.sum().clamp(min=1)
     return total / denominator
 
 
@@ -347,5 +349,13 @@ def kl_div(
         teacher_logits = teacher_logits.detach()
     args = student_logits, teacher_logits, mask, float(beta), float(temperature)
     backend = OP.choose(backend, *args[:3])
+    if (
+        backend == "torch" and mask is None and token_weight is None and reduction != "none" and beta in (0, 1)
+        and type(student_logits) is Tensor and student_logits.numel() <= _SMALL and student_logits.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    ):  # fmt: skip
+        total = _without_autocast(_small, (*args[:2], beta, temperature, "sum"))
+        if not math.isnan(total.item()):
+            return total if reduction == "sum" else _mean(total, student_logits.shape[:-1].numel(), None, denominator)
     loss = OP.plain(backend, *args) if backend in OP.plain_forms else OP.forward(*args, backend)[0]
     return reduced(loss, mask, token_weight, reduction, denominator)
