@@ -29,6 +29,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "torch", "reference")
+_KERNELS = ("cuda", "triton")  # those that need a GPU (Triton also runs in its interpreter)
 _LIB = torch.library.Library("fastlm", "DEF")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
@@ -186,8 +187,13 @@ class Op:
 
         Raises ValueError for an unknown or unsupported named backend; `auto` always finds one.
         """
-        if self._sharding and not torch.compiler.is_compiling():
-            self._see_dtensors(tensors[:1])  # in inference mode the Autograd kernels, which look too, are not called
+        first = tensors[0]
+        if type(first) is not Tensor:
+            first = _first_tensor(tensors)
+            if self._sharding and not torch.compiler.is_compiling():
+                self._see_dtensors(
+                    tensors[:1]
+                )  # in inference mode the Autograd kernels, which look too, are not called
         if _transforming(tensors):
             # The reference is the only form that every transform can look into.
             return self._chosen("reference", {"others": "a torch.func transform or forward-mode AD is active"})
@@ -201,10 +207,10 @@ class Op:
                 raise ValueError(f"{self.name}: backend {backend!r} cannot serve this call: {reason}")
             return self._chosen(backend, {"others": f"{backend!r} was named"})
         reasons: dict[str, str] = {}
-        on_cuda = _first_tensor(tensors).device.type == "cuda"
         for name in self.backends:
-            if name in ("cuda", "triton") and not on_cuda:
-                reasons[name] = "no CUDA tensor among the arguments; name the backend to run its CPU form"
+            if name in _KERNELS and not first.is_cuda:
+                if _state.capture is not None:
+                    reasons[name] = "no CUDA tensor among the arguments; name the backend to run its CPU form"
                 continue
             reason = self.reason_against(name, *tensors)
             if reason is None and self._slower is not None:
@@ -216,7 +222,7 @@ class Op:
 
     def reason_against(self, backend: str, *tensors: Any) -> str | None:
         """Why `backend` cannot serve these arguments, or None."""
-        if backend in self.kernels and backend in ("triton", "cuda"):
+        if backend in _KERNELS:
             reason = _kernel_reason(backend, self._dtypes, tensors)
             if reason:
                 return reason
