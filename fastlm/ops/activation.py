@@ -18,6 +18,8 @@ FORMS = {
 
 
 def _torch(x, kind):
+    if kind == "relu2" and not torch.is_grad_enabled():
+        return F.relu(x).square_()
     return FORMS[kind](x)
 
 
@@ -26,7 +28,10 @@ def _reference(x, kind):
 
 
 def _torch_glu(gate, up, kind):
-    return FORMS[kind](gate) * up
+    value = FORMS[kind](gate)
+    if torch.is_grad_enabled() or type(value) is not Tensor:  # a DTensor may be divided unlike up
+        return value * up
+    return value.mul_(up)  # fresh memory would cost as much as the product
 
 
 def _reference_glu(gate, up, kind):
@@ -142,8 +147,11 @@ def activation(x: Tensor, kind: str, *, backend: str = "auto") -> Tensor:
     Backends: triton on compute capability >= 8.0. Papers: GELU, Hendrycks and Gimpel 2016, arXiv:1606.08415; squared ReLU,
     So et al. 2021, arXiv:2109.08668.
     """
-    check_kind("activation", kind, x=x)
+    if kind not in FORMS or not x.is_floating_point():
+        check_kind("activation", kind, x=x)  # raises
     backend = OP.choose(backend, x)
+    if backend == "torch":
+        return _torch(x, kind)  # nothing in it that autocast would touch
     if backend in OP.plain_forms:
         return OP.plain(backend, x, kind)
     return OP.forward(x, kind, backend)
@@ -169,12 +177,15 @@ def glu(gate: Tensor, up: Tensor, activation: str = "silu", *, backend: str = "a
 
     Backends: triton on compute capability >= 8.0. Paper: Shazeer 2020, arXiv:2002.05202.
     """
-    check_kind("glu", activation, gate=gate, up=up)
+    if activation not in FORMS or not gate.is_floating_point() or not up.is_floating_point():
+        check_kind("glu", activation, gate=gate, up=up)  # raises
     if up.shape != gate.shape:
         raise ValueError(f"glu: up must have gate's shape {list(gate.shape)}, got {list(up.shape)}")
     if up.dtype != gate.dtype:
         raise TypeError(f"glu: up must have gate's dtype {gate.dtype}, got {up.dtype}")
     backend = GLU.choose(backend, gate, up)
+    if backend == "torch":
+        return _torch_glu(gate, up, activation)
     if backend in GLU.plain_forms:
         return GLU.plain(backend, gate, up, activation)
     return GLU.forward(gate, up, activation, backend)
