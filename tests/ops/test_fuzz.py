@@ -18,7 +18,8 @@ from tests.ops.fuzz import LAYOUTS, laid_out, outputs_and_gradients, tensors_of
 from tests.ops.fuzz_plans import PLANS
 
 OPS = pytest.mark.parametrize("op", sorted(PLANS))
-DRAWS = 4  # of values, for the yardstick: the error of plain torch on a handful of numbers may be small by chance
+# Of values, for the yardstick: the error of plain torch on a handful of numbers may be small by chance.
+DRAWS, DRAWS_OF_FEW, FEW = 4, 32, 500
 
 
 def _each(examples, check, op, *args):
@@ -65,7 +66,8 @@ def _same(plan, got, want):
 def _check_kernel(op, draw, device):
     plan, layouts, incoming, seed = _planned(op, draw)
     dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
-    draws = [tensors_of(plan, layouts, seed + i, dtype, device) for i in range(DRAWS)]
+    few = sum(torch.Size(shape).numel() for shape in plan.shapes.values()) <= FEW
+    draws = [tensors_of(plan, layouts, seed + i, dtype, device) for i in range(DRAWS_OF_FEW if few else DRAWS)]
     base = [outputs_and_gradients(plan.plain, t, incoming) for t in draws]
     wide = {name: t.detach().double().requires_grad_() for name, t in draws[0].items()}
     exact = outputs_and_gradients(lambda **t: plan.call("reference", **t), wide, incoming)
