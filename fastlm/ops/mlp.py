@@ -239,7 +239,7 @@ def mlp(
         parameter. Under autocast the products are in autocast's dtype.
 
     Saved for the backward, besides the parameters: x and the pre-activation [..., F], or x alone. The torch form on the CPU
-    (and the reference) also keeps act(pre), as plain PyTorch does: computing it again was measured to cost 3 to 12 % of a step.
+    (and the reference) also keeps act(pre), as plain PyTorch does: computing it again was measured to cost up to 11 % of a step.
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation, an unknown or unsupported backend. TypeError: a tensor is
