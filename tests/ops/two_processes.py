@@ -97,7 +97,11 @@ def _cases() -> dict:
             (hidden, vocabulary, target),
             "b.b",
         )
-    cases["cross_entropy"] = (lambda z, t: ops.cross_entropy(z, t, reduction="none"), (torch.randn(B, S, 11), target), "bb")
+    cases["cross_entropy"] = (
+        lambda z, t: ops.cross_entropy(z, t, reduction="none"),
+        (torch.randn(B, S, 11), target),
+        "bb",
+    )
     cases["cross_entropy mean"] = (
         lambda z, t, w: ops.cross_entropy(z, t, w, label_smoothing=0.1),
         (torch.randn(B, S, 11), target, torch.rand(11)),
