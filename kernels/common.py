@@ -1,9 +1,10 @@
-"""Launch settings shared by the row-wise kernels (norms, activations)."""
+"""What the row-wise kernels share: where rows lie, and how many programs there are."""
 
 from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 
 MAX_ROW = 65536  # a row lives in the registers of one program; wider rows take another backend
 
@@ -43,6 +44,24 @@ def at_two_strides(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
     if len(groups) == 2:
         return x, groups[1][0], groups[0][1], groups[1][1]
     return x, 1, groups[0][1] if groups else x.shape[-1], 0
+
+
+@triton.jit
+def row_start(row, inner, stride_outer, stride_inner):
+    """Where rows begin that lie at two strides: (row // inner, row % inner). In 64 bits; the usual inner = 1 costs nothing."""
+    return (row // inner).to(tl.int64) * stride_outer + (row % inner).to(tl.int64) * stride_inner
+
+
+def empty_beside(x: torch.Tensor) -> torch.Tensor:
+    """A new tensor of x's shape and dtype, contiguous but for up to 7 elements between neighbours along a leading dimension, so
+    that each row begins as far behind a multiple of 8 elements as that row of x. All contiguous if x is."""
+    strides, width = [1], x.shape[-1]
+    for count, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1])):
+        if count != 1:
+            width += (stride - width) % 8
+        strides.append(width)
+        width *= count
+    return torch.empty(width, dtype=x.dtype, device=x.device).as_strided(x.shape, strides[::-1])
 
 
 def row_groups(x: torch.Tensor) -> list[tuple[int, int]]:

@@ -1,9 +1,8 @@
 """Cross entropy of rows of logits, and its gradient into a new tensor: one program owns a row.
 
 The forward reads each logit once (online softmax, see loss_rows.py) and keeps the maximum and the logarithm of the sum of
-exp(x - maximum), from which the backward makes the gradient in one more pass. Ignored rows are not read. Rows of odd width, as of
-a vocabulary of 50,257, begin anywhere: their tiles begin at a multiple of 16 bytes before, and only the first and the last
-tile, which have a mask, are read and written in narrow accesses.
+exp(x - maximum), from which the backward makes the gradient in one more pass. Ignored rows are not read. Logits without
+their last position, [:, :-1], are read where they lie.
 """
 
 from __future__ import annotations
@@ -12,19 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import rows
-from .loss_rows import LOWEST, add_to_softmax, logit, store_gradient
-
-
-@triton.jit
-def _row_of(row, stride, PEEL: tl.constexpr):
-    """-> the offset of a row, or of the multiple of 8 elements before it, and the elements between the two."""
-    offset = row * stride
-    first = 0
-    if PEEL:
-        first = (offset % 8).to(tl.int32)
-        offset = tl.multiple_of(offset - first, 8)
-    return offset, first
+from .common import at_two_strides, empty_beside
+from .loss_rows import LOWEST, add_to_softmax, ends_of, logit, peels, row_of, store_gradient
 
 
 @triton.jit
@@ -70,13 +58,13 @@ def _share_of(target, V, smoothing, weight_ptr, weight_sum_ptr):
     return valid, index, share, weight_sum
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "inner_z"])  # one compile, whatever the batch
 def _cross_entropy_fwd_kernel(
-    z_ptr, target_ptr, weight_ptr, weight_sum_ptr, loss_ptr, statistics_ptr, stride_z, N, V, ignore_index, smoothing, z_loss,
-    scale, softcap, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr, BLOCK_V: tl.constexpr,
+    z_ptr, target_ptr, weight_ptr, weight_sum_ptr, loss_ptr, statistics_ptr, inner_z, stride_zo, stride_zi, N, V, ignore_index,
+    smoothing, z_loss, scale, softcap, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    offset, first = _row_of(row, stride_z, PEEL)
+    offset, first = row_of(row, inner_z, stride_zo, stride_zi, PEEL)
     z_ptr += offset
     target = tl.load(target_ptr + row)
     loss, peak, log_sum = 0.0, 0.0, 0.0
@@ -87,10 +75,8 @@ def _cross_entropy_fwd_kernel(
         zeros = tl.zeros((BLOCK_V,), tl.float32)
         state = (tl.full((), LOWEST, tl.float32), zeros, zeros)
         begin: tl.constexpr = BLOCK_V if PEEL else 0
-        end = first + V
-        full = end // BLOCK_V * BLOCK_V
+        full, end = ends_of(first, V, PEEL, BLOCK_V)
         if PEEL:
-            full = tl.maximum(full, begin)
             state = _read_tile(z_ptr, lane, first, (lane >= first) & (lane < end), weight_ptr, state, scale, softcap,
                                True, SMOOTHING, SOFTCAP)  # fmt: skip
         for start in range(begin, full, BLOCK_V):
@@ -113,23 +99,20 @@ def _cross_entropy_fwd_kernel(
     tl.store(statistics_ptr + N + row, log_sum)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "inner_z", "inner_dz"])
 def _cross_entropy_bwd_kernel(
-    z_ptr, target_ptr, weight_ptr, weight_sum_ptr, factor_ptr, statistics_ptr, dz_ptr, stride_z, stride_dz, N, V, ignore_index,
-    smoothing, z_loss, scale, softcap, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    z_ptr, target_ptr, weight_ptr, weight_sum_ptr, factor_ptr, statistics_ptr, dz_ptr, inner_z, stride_zo, stride_zi,
+    inner_dz, stride_dzo, stride_dzi, N, V, ignore_index, smoothing, z_loss, scale, softcap,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    offset, first = _row_of(row, stride_z, PEEL)
+    offset, first = row_of(row, inner_z, stride_zo, stride_zi, PEEL)
     z_ptr += offset
-    offset, first = _row_of(row, stride_dz, PEEL)  # the same distance
+    offset, first = row_of(row, inner_dz, stride_dzo, stride_dzi, PEEL)  # the same distance
     dz_ptr += offset
     lane = tl.arange(0, BLOCK_V)
     begin: tl.constexpr = BLOCK_V if PEEL else 0
-    end = first + V
-    full = end // BLOCK_V * BLOCK_V
-    if PEEL:
-        full = tl.maximum(full, begin)
+    full, end = ends_of(first, V, PEEL, BLOCK_V)
     target = tl.load(target_ptr + row)
     if target != ignore_index:
         _, _, share, weight_sum = _share_of(target, V, smoothing, weight_ptr, weight_sum_ptr)
@@ -156,41 +139,39 @@ def _cross_entropy_bwd_kernel(
             tl.store(dz_ptr + full + lane, zeros, mask=full + lane < end)
 
 
-def _launch(kernel, z, target, weight, outputs, strides, matrices, ignore_index, smoothing, z_loss, scale, softcap):
-    N, V = z.shape
+def _launch(kernel, target, weight, outputs, placed, ignore_index, smoothing, z_loss, scale, softcap):
+    """placed: the logits, and their gradient if there is one, as at_two_strides returns them."""
+    N, V = target.numel(), placed[0][0].shape[-1]
     if N == 0:
         return
     weight = None if weight is None else weight.float().contiguous()
-    strided = [m.stride(0) % 8 for m in matrices]
-    peel = any(strided) and len(set(strided)) == 1 and all(m.data_ptr() % 16 == 0 for m in matrices)
     block = min(4096, triton.next_power_of_2(max(V, 128)))
     kernel[(N,)](
-        z, target.reshape(-1).contiguous(), weight, None if weight is None else weight.sum(), *outputs, *strides, N, V,
+        placed[0][0], target.reshape(-1).contiguous(), weight, None if weight is None else weight.sum(), *outputs,
+        *(number for _, *numbers in placed for number in numbers), N, V,
         ignore_index, smoothing, z_loss, scale, 1.0 if softcap is None else softcap,
-        SMOOTHING=smoothing != 0, SOFTCAP=softcap is not None, PEEL=peel, BLOCK_V=block,
+        SMOOTHING=smoothing != 0, SOFTCAP=softcap is not None, PEEL=peels(*placed), BLOCK_V=block,
         num_warps=max(4, min(16, block // 512)),
     )  # fmt: skip
 
 
 def cross_entropy_fwd(input, target, weight, ignore_index, smoothing, z_loss, scale, softcap):
     """-> losses, target's shape, and statistics [2, N], fp32."""
-    z = rows(input)
-    loss = torch.empty(target.shape, dtype=torch.float32, device=z.device)
-    statistics = torch.empty((2, z.shape[0]), dtype=torch.float32, device=z.device)
+    loss = torch.empty(target.shape, dtype=torch.float32, device=input.device)
+    statistics = torch.empty((2, target.numel()), dtype=torch.float32, device=input.device)
     _launch(
-        _cross_entropy_fwd_kernel, z, target, weight, (loss, statistics), (z.stride(0),), (z,),
+        _cross_entropy_fwd_kernel, target, weight, (loss, statistics), [at_two_strides(input)],
         ignore_index, smoothing, z_loss, scale, softcap,
     )  # fmt: skip
     return loss, statistics
 
 
 def cross_entropy_bwd(dloss, input, target, weight, statistics, ignore_index, smoothing, z_loss, scale, softcap):
-    """-> the gradient of the logits, contiguous, in their dtype."""
-    z = rows(input)
-    dz = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    flat = dz.view(z.shape)
+    """-> the gradient of the logits in their dtype, as empty_beside lays it out."""
+    z = at_two_strides(input)
+    dz = empty_beside(z[0])
     _launch(
-        _cross_entropy_bwd_kernel, z, target, weight, (dloss.reshape(-1).contiguous(), statistics, flat),
-        (z.stride(0), flat.stride(0)), (z, flat), ignore_index, smoothing, z_loss, scale, softcap,
+        _cross_entropy_bwd_kernel, target, weight, (dloss.reshape(-1).contiguous(), statistics, dz), [z, at_two_strides(dz)],
+        ignore_index, smoothing, z_loss, scale, softcap,
     )  # fmt: skip
     return dz

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import rows
-from .loss_rows import LOWEST, add_to_softmax, logit, store_gradient
+from .common import at_two_strides, empty_beside
+from .loss_rows import LOWEST, add_to_softmax, ends_of, logit, peels, row_of, store_gradient
 
 FORWARD, REVERSE, MIXTURE = range(3)  # KL(teacher || student), KL(student || teacher), and what lies between
 _FORWARD, _REVERSE = tl.constexpr(FORWARD), tl.constexpr(REVERSE)
@@ -148,29 +148,23 @@ def _write_zeros(dx_ptr, first, begin: tl.constexpr, full, end, BLOCK_V: tl.cons
         tl.store(dx_ptr + full + col, zeros, mask=full + col < end)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "inner_x", "inner_y", "inner_dx"])  # one compile, whatever the batch
 def _kl_div_rows_kernel(
-    x_ptr, y_ptr, mask_ptr, factor_ptr, loss_ptr, statistics_ptr, dx_ptr, stride_x, stride_y, stride_dx,
+    x_ptr, y_ptr, mask_ptr, factor_ptr, loss_ptr, statistics_ptr, dx_ptr, inner_x, stride_xo, stride_xi,
+    inner_y, stride_yo, stride_yi, inner_dx, stride_dxo, stride_dxi,
     N, V, x_scale, y_scale, x_softcap, y_softcap, inverse_t, beta,
     KIND: tl.constexpr, STORED: tl.constexpr, WITH_GRAD: tl.constexpr,
     X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr, PEEL: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    first = 0
-    if PEEL:
-        # Rows begin anywhere, all three as far behind a multiple of 16 bytes: tiles begin at that multiple, and only the first
-        # and the last one have a mask.
-        first = (n * stride_x % 8).to(tl.int32)
-        x_ptr += tl.multiple_of(n * stride_x - first, 8)
-        y_ptr += tl.multiple_of(n * stride_y - first, 8)
-        dx_ptr += tl.multiple_of(n * stride_dx - first, 8)
-    else:
-        x_ptr, y_ptr, dx_ptr = x_ptr + n * stride_x, y_ptr + n * stride_y, dx_ptr + n * stride_dx
+    x_start, first = row_of(n, inner_x, stride_xo, stride_xi, PEEL)
+    y_start, first = row_of(n, inner_y, stride_yo, stride_yi, PEEL)  # the same distance
+    x_ptr, y_ptr = x_ptr + x_start, y_ptr + y_start
+    if WITH_GRAD:
+        dx_start, first = row_of(n, inner_dx, stride_dxo, stride_dxi, PEEL)
+        dx_ptr += dx_start
     begin: tl.constexpr = BLOCK_V if PEEL else 0
-    end = first + V
-    full = end // BLOCK_V * BLOCK_V
-    if PEEL:
-        full = tl.maximum(full, begin)
+    full, end = ends_of(first, V, PEEL, BLOCK_V)
     options = (x_scale, y_scale, x_softcap, y_softcap, inverse_t, beta)
     factor = 1.0
     if factor_ptr is not None:
@@ -218,30 +212,23 @@ def kind_of(beta):
     return FORWARD if beta == 0 else REVERSE if beta == 1 else MIXTURE
 
 
-def _peel(*matrices):
-    """Whether the rows of all, though not multiples of 16 bytes, lie alike beside them; matrices of unit stride along rows."""
-    if all(m.stride(0) % 8 == 0 for m in matrices):
-        return False
-    alike = len({(m.stride(0) % 8, m.element_size()) for m in matrices}) == 1
-    return alike and all(m.data_ptr() % 16 == 0 for m in matrices)
-
-
 def launch(x, y, mask, factor, loss, statistics, dx, beta, temperature,
            scales=(1.0, 1.0), softcaps=(None, None), stored=False):  # fmt: skip
-    """The kernel on matrices [N, V] of unit stride along rows. dx None: no gradient, and the statistics [5, N] are written unless
-    None; else the gradient of sum(factor * loss) goes into dx (which may be x), from the statistics if `stored`."""
-    N, V = x.shape
+    """The kernel on logits [..., V]. dx None: no gradient, and the statistics [5, N] are written unless None; else the gradient
+    of sum(factor * loss) goes into dx (which may be x, or lies as empty_beside has it), from the statistics if `stored`."""
+    N, V = x.shape[:-1].numel(), x.shape[-1]
     if N == 0:
         return
+    x, y = at_two_strides(x), at_two_strides(y)
+    out = x if dx is None else at_two_strides(dx)
     # A mixture's two loops spilled 8 to 16 bytes at 2048.
     block = min(1024 if kind_of(beta) == MIXTURE else 2048, triton.next_power_of_2(max(V, 128)))
-    out = x if dx is None else dx
     _kl_div_rows_kernel[(N,)](
-        x, y, mask, factor, loss, statistics, out, x.stride(0), y.stride(0), out.stride(0), N, V,
+        x[0], y[0], mask, factor, loss, statistics, out[0], *x[1:], *y[1:], *out[1:], N, V,
         *scales, *(1.0 if s is None else s for s in softcaps), 1.0 / temperature, beta,
         KIND=kind_of(beta), STORED=stored, WITH_GRAD=dx is not None,
         X_SOFTCAP=softcaps[0] is not None, Y_SOFTCAP=softcaps[1] is not None,
-        PEEL=_peel(x, y, out), BLOCK_V=block, num_warps=max(4, min(8, block // 256)),
+        PEEL=peels(x, y, out), BLOCK_V=block, num_warps=max(4, min(8, block // 256)),
     )  # fmt: skip
 
 
@@ -251,17 +238,15 @@ def flat_mask(mask):
 
 def kl_div_fwd(student, teacher, mask, beta, temperature):
     """-> losses [...] and statistics [5, N], fp32."""
-    x, y = rows(student), rows(teacher)
     loss = torch.empty(student.shape[:-1], dtype=torch.float32, device=student.device)
-    statistics = torch.empty((STATISTICS, x.shape[0]), dtype=torch.float32, device=student.device)
-    launch(x, y, flat_mask(mask), None, loss, statistics, None, beta, temperature)
+    statistics = torch.empty((STATISTICS, loss.numel()), dtype=torch.float32, device=student.device)
+    launch(student, teacher, flat_mask(mask), None, loss, statistics, None, beta, temperature)
     return loss, statistics
 
 
 def kl_div_bwd(dloss, student, teacher, mask, statistics, beta, temperature):
-    """-> the gradient of the student's logits, contiguous, in their dtype."""
-    x, y = rows(student), rows(teacher)
-    dx = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    factor = dloss.reshape(-1).contiguous()
-    launch(x, y, flat_mask(mask), factor, factor, statistics, dx.view(x.shape), beta, temperature, stored=True)
+    """-> the gradient of the student's logits in their dtype, as empty_beside lays it out."""
+    x = at_two_strides(student)[0]
+    dx, factor = empty_beside(x), dloss.reshape(-1).contiguous()
+    launch(x, teacher, flat_mask(mask), factor, factor, statistics, dx, beta, temperature, stored=True)
     return dx

@@ -4,6 +4,9 @@ Logits z are as a product wrote them; x is what the loss is taken of, x = scale 
 owns a row and walks it in tiles; the first pass keeps a running maximum and, per lane, running sums that are rescaled when the
 maximum grows (online softmax, arXiv:1805.02867), the second writes the gradient over the logits, which by then mostly come
 from L2. `mask` is None for a full tile, whose accesses are then 16 bytes wide.
+
+Rows of odd width, as of a vocabulary of 50,257, begin anywhere. If all tensors of a kernel have them alike (PEEL), their tiles
+begin at a multiple of 16 bytes before the row, and only the first and the last tile, which have a mask, are narrow.
 """
 
 from __future__ import annotations
@@ -11,8 +14,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import row_start
+
 # The maximum before the first tile: finite, as a whole tile of -inf must not give inf - inf.
 LOWEST = tl.constexpr(-3.0e38)
+
+
+def peels(*tensors):
+    """PEEL for tensors as at_two_strides of common.py returns them: rows between multiples of 16 bytes, in all of them alike."""
+    inner = max(n for _, n, _, _ in tensors)
+    places = {
+        (n, outer % 8, near % 8) if n > 1 else (inner, inner * outer % 8, outer % 8) for _, n, outer, near in tensors
+    }
+    return len(places) == 1 and any(places.pop()[1:]) and all(x.data_ptr() % 16 == 0 for x, *_ in tensors)
+
+
+@triton.jit
+def row_of(row, inner, stride_outer, stride_inner, PEEL: tl.constexpr):
+    """-> the offset of a row, or of the multiple of 8 elements before it, and the elements between the two."""
+    offset = row_start(row, inner, stride_outer, stride_inner)
+    first = 0
+    if PEEL:
+        first = (offset % 8).to(tl.int32)
+        offset = tl.multiple_of(offset - first, 8)
+    return offset, first
+
+
+@triton.jit
+def ends_of(first, V, PEEL: tl.constexpr, BLOCK_V: tl.constexpr):
+    """-> where the last tile without a mask ends, and the row, from where its tiles begin. The first such tile is the second if
+    PEEL."""
+    end = first + V
+    full = end // BLOCK_V * BLOCK_V
+    if PEEL:
+        full = tl.maximum(full, BLOCK_V)
+    return full, end
 
 
 @triton.jit

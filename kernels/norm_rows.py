@@ -13,11 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def row_start(row, inner, stride_outer, stride_inner):
-    """Where rows begin that lie at two strides: (row // inner, row % inner). In 64 bits; the usual inner = 1 costs nothing."""
-    return (row // inner).to(tl.int64) * stride_outer + (row % inner).to(tl.int64) * stride_inner
+from .common import row_start
 
 
 @triton.jit

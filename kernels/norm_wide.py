@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .norm_rows import kept, row_start
+from .common import row_start
+from .norm_rows import kept
 
 
 @triton.jit(do_not_specialize=["threshold"])

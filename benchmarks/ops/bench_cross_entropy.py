@@ -54,10 +54,12 @@ BENCH = Bench(
 )
 
 
-def _aot(V, label_smoothing=0.0, softcap=None, weight=None):
+def _aot(V, label_smoothing=0.0, softcap=None, weight=None, shifted=False):
     logits, target = meta(4096, V), meta(4096, dtype=torch.int64)
+    if shifted:
+        logits, target = meta(4, 1025, V)[:, :-1], target.view(4, 1024)
     options = -100, label_smoothing, 0.0, 1.0, softcap
-    losses, statistics = meta(4096, dtype=torch.float32), meta(2, 4096, dtype=torch.float32)
+    losses, statistics = meta(*target.shape, dtype=torch.float32), meta(2, 4096, dtype=torch.float32)
     return [
         Aot("cross_entropy:cross_entropy_fwd", logits, target, weight, *options),
         Aot("cross_entropy:cross_entropy_bwd", losses, logits, target, weight, statistics, *options),
@@ -67,5 +69,7 @@ def _aot(V, label_smoothing=0.0, softcap=None, weight=None):
 AOT = [
     *_aot(128256),
     *_aot(50257),
+    *_aot(128256, shifted=True),
+    *_aot(50257, shifted=True),
     *_aot(128256, 0.1, 30.0, meta(128256, dtype=torch.float32)),
 ]

@@ -66,8 +66,10 @@ BENCH = Bench(
 )
 
 
-def _aot(beta, V, mask=None):
+def _aot(beta, V, mask=None, shifted=False):
     logits, losses = meta(4096, V), meta(4096, dtype=torch.float32)
+    if shifted:
+        logits, losses = meta(4, 1025, V)[:, :-1], losses.view(4, 1024)
     statistics = meta(5, 4096, dtype=torch.float32)
     return [
         Aot("kl_div:kl_div_fwd", logits, logits, mask, beta, 2.0),
@@ -81,4 +83,5 @@ AOT = [
     *_aot(0.5, 128256, meta(4096, dtype=torch.bool)),
     *_aot(0.0, 50257),
     *_aot(0.5, 50257),
+    *_aot(0.0, 50257, shifted=True),
 ]

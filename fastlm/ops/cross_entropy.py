@@ -72,7 +72,9 @@ def _fake_forward(input, target, *_):
 
 
 def _fake_backward(dloss, input, *_):
-    return input.new_empty(input.shape)
+    from fastlm.kernels.common import at_two_strides, empty_beside
+
+    return empty_beside(at_two_strides(input)[0])
 
 
 OP.fake(_fake_forward, _fake_backward)

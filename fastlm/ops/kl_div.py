@@ -186,7 +186,9 @@ def _fake_forward(student, teacher, mask, beta, temperature, backend):
 
 
 def _fake_backward(dloss, student, *_):
-    return student.new_empty(student.shape)
+    from fastlm.kernels.common import at_two_strides, empty_beside
+
+    return empty_beside(at_two_strides(student)[0])
 
 
 OP.fake(_fake_forward, _fake_backward)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from fastlm import nn
 from fastlm.ops._op import explain
 from fastlm.ops.cross_entropy import OP, cross_entropy
 from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, planted_bug
+from tests.ops.allocations import Allocations, NoLaunch
 
 BACKENDS = ("torch", "triton")
 ALL = {"label_smoothing": 0.1, "z_loss": 0.02, "softcap": 6.0, "scale": 0.7}
@@ -141,6 +143,91 @@ def test_widths(shape, dtype, device):
 def test_guards_around_rows_of_odd_width(device):
     case = CASES["none_all"]
     check_guards(Case("cross_entropy", case.fn, lambda *a: case.make(*a, (3, 301)), None), "triton", device)
+
+
+# --- logits without their last position, or of a padded vocabulary ---
+
+# Two strides each: rows at multiples of 16 bytes, rows between them, several tiles, a padded vocabulary, batch after position.
+VIEWS = {
+    "aligned": ((3, 3, 304), lambda z: z[:, :-1]),
+    "odd": ((3, 3, 301), lambda z: z[:, :-1]),
+    "tiles": ((2, 3, 4101), lambda z: z[:, :-1]),
+    "padded": ((2, 3, 304), lambda z: z[:, :-1, :301]),
+    "turned": ((3, 2, 301), lambda z: z.transpose(0, 1)),
+}
+
+
+def _view_case(name, case):
+    shape, view = VIEWS[name]
+    return dataclasses.replace(
+        case,
+        fn=lambda z, backend: case.fn(view(z), backend=backend),
+        make=lambda dtype, device: case.make(dtype, device, shape),
+        plain=lambda z: case.plain(view(z)),
+        empty=None,
+    )
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_accuracy_of_views(name, device):
+    for dtype in (torch.float32, torch.bfloat16):
+        check_accuracy(_view_case(name, CASES["none_all"]), "triton", dtype, device)
+
+
+def test_contract_of_shifted_logits(device):
+    check_op(_view_case("odd", CASES["mean"]), "triton", device)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_read_where_they_lie(name, monkeypatch):
+    kernels = pytest.importorskip("fastlm.kernels.cross_entropy")
+    launches = []
+    for kernel in ("_cross_entropy_fwd_kernel", "_cross_entropy_bwd_kernel"):
+        monkeypatch.setattr(kernels, kernel, NoLaunch(launches))
+    shape, view = VIEWS[name]
+    z = view(torch.randn(shape))
+    options = -100, 0.0, 0.0, 1.0, None
+    with Allocations() as made:
+        loss, statistics = kernels.cross_entropy_fwd(z, _target(z), None, *options)
+    assert 2 * loss.numel() == max(made.elements) < z.numel()
+    with Allocations() as made:
+        dz = kernels.cross_entropy_bwd(loss, z, _target(z), None, statistics, *options)
+    assert z.numel() <= max(made.elements) < z.numel() + 8 * loss.numel()
+    assert sum(n >= z.numel() for n in made.elements) == 1 and dz.shape == z.shape
+    assert [launch["PEEL"] for launch in launches] == [name in ("odd", "tiles", "turned")] * 2
+
+
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        ("common", "(row % inner).to(tl.int64) * stride_inner", "0"),
+        ("loss_rows", "row_start(row, inner, stride_outer, stride_inner)", "row * stride_inner"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_planted_bug_in_views_is_seen(file, old, new, device):
+    with planted_bug("cross_entropy", old, new, file=file), pytest.raises(AssertionError):
+        case = _view_case("odd", CASES["mean"])
+        check_accuracy(case, "triton", torch.float32, device)
+
+
+def test_a_gradient_lies_beside_what_it_is_of():
+    common = pytest.importorskip("fastlm.kernels.common")
+    whole = torch.empty(4, 5, 6, 301)
+    for x in (whole, whole[:, :, :-1], whole[:, :-2], whole[..., :299], whole.transpose(0, 2), whole[:1, :, 1:3],
+              whole[:, :1].expand(4, 5, 6, 301), whole[:0], whole[0, 0, 0], whole[..., :1]):  # fmt: skip
+        y = common.empty_beside(x)
+        assert y.shape == x.shape and (y.is_contiguous() or not x.is_contiguous())
+        starts = [torch.empty(0) for _ in range(2)]
+        for i, t in enumerate((x, y)):
+            starts[i] = sum(
+                (s * torch.arange(n).view(-1, *(1,) * (t.ndim - 2 - d)) for d, (n, s) in
+                 enumerate(zip(t.shape[:-1], t.stride()))), torch.zeros((), dtype=torch.int64),
+            )  # fmt: skip
+        assert torch.equal(starts[0] % 8, starts[1] % 8)
+        assert y.untyped_storage().nbytes() // 4 <= x.numel() + 8 * starts[0].numel() * 2
+        apart = starts[1].flatten().sort().values.diff()
+        assert (apart >= x.shape[-1]).all()
 
 
 def _check_extreme(backend, device):

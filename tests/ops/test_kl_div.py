@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import sys
 
@@ -9,6 +10,7 @@ from fastlm.nn.distillation_loss import KLDivLoss
 from fastlm.ops._op import explain
 from fastlm.ops.kl_div import OP, kl_div
 from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, check_strides, planted_bug
+from tests.ops.allocations import Allocations, NoLaunch
 
 BACKENDS = ("torch", "triton")
 BETAS = (0.0, 0.3, 1.0)
@@ -131,6 +133,58 @@ def test_rows_between_multiples_of_16_bytes(device):
             check_accuracy(case, "triton", dtype, device, args)
     case = Case("kl_div", case.fn, lambda dtype, device: case.make(dtype, device, (4, 2077)), None)
     check_guards(CASES["mixture"], "triton", device)
+
+
+# Logits without their last position: rows at multiples of 16 bytes, rows between them, several tiles.
+SHIFTED = {"aligned": (3, 3, 304), "odd": (3, 3, 301), "tiles": (2, 3, 2077)}
+
+
+def _shifted(beta, shape, of_teacher):
+    def fn(student, backend):
+        teacher = 2 * _teacher(student).roll(1, -1)
+        return kl_div(student[:, :-1], of_teacher(teacher), beta=beta, reduction="none", backend=backend)
+
+    case = _case(beta)
+    make, plain = lambda dtype, device: case.make(dtype, device, shape), lambda s: fn(s, "reference")
+    return dataclasses.replace(case, fn=fn, make=make, plain=plain, empty=None)
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_accuracy_of_shifted_logits(name, device):
+    """The teacher is shifted too, or of one run or zero stride (student and teacher then lie differently)."""
+    shift = lambda t: t[:, :-1]  # noqa: E731
+    one_run, spread = lambda t: shift(t).contiguous(), lambda t: shift(t)[:1].expand_as(shift(t))
+    for beta, of_teacher in ((0.0, shift), (0.3, one_run), (1.0, spread)):
+        case = _shifted(beta, SHIFTED[name], of_teacher)
+        for dtype in (torch.float32, torch.bfloat16):
+            check_accuracy(case, "triton", dtype, device)
+
+
+def test_contract_of_shifted_logits(device):
+    case = _case(0.0, masked=True)
+    view = dataclasses.replace(
+        case,
+        fn=lambda s, backend: case.fn(s[:, :-1], backend=backend),
+        make=lambda dtype, device: case.make(dtype, device, SHIFTED["odd"]),
+        empty=None,
+    )
+    check_op(view, "triton", device)
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_shifted_logits_are_read_where_they_lie(name, monkeypatch):
+    kernels = pytest.importorskip("fastlm.kernels.kl_div")
+    launches = []
+    monkeypatch.setattr(kernels, "_kl_div_rows_kernel", NoLaunch(launches))
+    student, teacher = (torch.randn(SHIFTED[name])[:, :-1] for _ in range(2))
+    with Allocations() as made:
+        loss, statistics = kernels.kl_div_fwd(student, teacher, None, 0.0, 1.0)
+    assert 5 * loss.numel() == max(made.elements) < student.numel()
+    with Allocations() as made:
+        dx = kernels.kl_div_bwd(loss, student, teacher, None, statistics, 0.0, 1.0)
+    assert sum(n >= student.numel() for n in made.elements) == 1 and dx.shape == student.shape
+    assert max(made.elements) < student.numel() + 8 * loss.numel()
+    assert [launch["PEEL"] for launch in launches] == [name != "aligned"] * 2
 
 
 def _both(beta):
