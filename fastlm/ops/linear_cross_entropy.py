@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastlm.kernels import chunked_loss
 from fastlm.ops import loss_checks as checks
-from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of, host_values
+from fastlm.ops._op import Op, autocast_dtype, compute_dtype, host_values
+from fastlm.ops.loss_gradients import NEED, empty_gradients, scaled, wire
 from fastlm.ops.loss_rows import cross_entropy_rows
 
 # Logits up to which the CPU takes torch's own two calls: chunks save nothing there, and their dozens of small torch calls
 # cost half a millisecond (768 x 65: 0.74 against 1.25 ms with the backward; at 2048 x 1024 they are even).
 _SMALL = 1 << 21
-_NEED = slice(-4, -1)  # where the three need_* flags stand among the options
 
 
 def _reference(hidden, weight, bias, target, token_weight, class_weight, denominator, ignore_index, label_smoothing, z_loss,
@@ -70,21 +70,6 @@ def _small(hidden, weight, bias, target, token_weight, class_weight, denominator
     return loss * chunked_loss.inverse(denominator, loss.dtype)
 
 
-def scale_in_place(t, factor):
-    """t *= factor (0-d), rounded once, a block at a time: torch would round the factor itself to t's 16 bits."""
-    if factor.device.type == "cpu" and factor == 1:
-        return
-    if t.dtype == factor.dtype:
-        t.mul_(factor)
-        return
-    for part in t.view(-1).split(1 << 18):
-        part.copy_(part.to(factor.dtype).mul_(factor))
-
-
-def _scaled(t, factor):
-    return t * factor if t.dtype == factor.dtype else t.to(factor.dtype).mul_(factor).to(t.dtype)
-
-
 OP = Op(
     "linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? token_weight, Tensor? class_weight,"
@@ -99,7 +84,7 @@ OP = Op(
     kernels={
         "torch": (
             partial(chunked_loss.forward, cross_entropy_rows),
-            partial(chunked_loss.backward, cross_entropy_rows, _scaled),
+            partial(chunked_loss.backward, cross_entropy_rows, scaled),
         ),
         "triton": (
             "linear_cross_entropy:linear_cross_entropy_fwd",
@@ -110,99 +95,27 @@ OP = Op(
 )
 
 
-def _empty_gradients(hidden, weight, bias, need):
-    shapes = [t.shape if needed else (0,) for t, needed in zip((hidden, weight, weight[:, 0]), need)]
-    dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
-    return tuple(hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
-
-
 def _fake_forward(hidden, weight, bias, target, *rest):
-    reduction, need = rest[8], rest[_NEED]
+    reduction, need = rest[8], rest[NEED]
     need = need if reduction != "none" else (False, False, False)
     dtype = compute_dtype(hidden)
     loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
-    return loss, *_empty_gradients(hidden, weight, bias, need), hidden.new_empty((), dtype=dtype)
+    return loss, *empty_gradients(hidden, weight, bias, need), hidden.new_empty((), dtype=dtype)
 
 
 def _fake_backward(dloss, hidden, weight, bias, target, *rest):
-    return _empty_gradients(hidden, weight, bias, rest[_NEED])
+    return empty_gradients(hidden, weight, bias, rest[NEED])
 
 
 OP.fake(_fake_forward, _fake_backward)
 _TENSORS = 7  # hidden, weight, bias, target, token_weight, class_weight, denominator; then the options
-
-
-@OP.autograd
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        tensors, options = args[:_TENSORS], args[_TENSORS:]
-        options = (*options[:-4], *ctx.needs_input_grad[:3], options[-1])
-        loss, dhidden, dweight, dbias, left = OP.below(*tensors, *options)
-        ctx.save_for_backward(*tensors, dhidden, dweight, dbias, left)
-        ctx.options = options
-        ctx.mark_non_differentiable(dhidden, dweight, dbias, left)
-        ctx.set_materialize_grads(False)
-        return loss, dhidden, dweight, dbias, left
-
-    @staticmethod
-    def backward(ctx, dloss, *_):
-        nothing = (None,) * (_TENSORS - 3 + len(ctx.options))
-        if dloss is None:
-            return None, None, None, *nothing
-        grads = OP.backward(dloss, *ctx.saved_tensors, *ctx.options)
-        return *(g if needed else None for g, needed in zip(grads, ctx.options[_NEED])), *nothing
-
-
-class _InPlace(torch.autograd.Function):
-    """The same for "mean" and "sum" outside torch.compile, without a second copy of the gradients.
-
-    The forward's gradients wait on ctx, not among the saved tensors: the first backward scales them where they are and hands
-    them over. A further backward over the same graph makes them anew, by the same code, and so bit for bit the same.
-    """
-
-    @staticmethod
-    def forward(ctx, *args):
-        loss, *ctx.gradients = OP.below(*args)
-        ctx.save_for_backward(*args[:_TENSORS])
-        ctx.options = args[_TENSORS:]
-        return loss
-
-    @staticmethod
-    def backward(ctx, dloss):
-        tensors, options = ctx.saved_tensors, ctx.options
-        need, backend = options[_NEED], options[-1]
-        nothing = (None,) * (_TENSORS - 3 + len(options))
-        if torch.is_grad_enabled():  # create_graph: the derivative of the reference
-            nothing_yet = _empty_gradients(*tensors[:3], (False,) * 3)
-            grads = OP.backward(dloss, *tensors, *nothing_yet, dloss, *options)
-        else:
-            *grads, left = ctx.gradients or OP.below(*tensors, *options)[1:]
-            ctx.gradients = None
-            if backend == "triton":
-                from fastlm.kernels.linear_cross_entropy import scale_
-            else:
-                scale_ = scale_in_place
-            for g in grads:
-                scale_(g, dloss * left)
-        return *(g if needed else None for g, needed in zip(grads, need)), *nothing
-
-
-@OP.backward_reference
-def _backward_reference(dloss, *args):
-    (hidden, weight, bias), constants, options = args[:3], args[3:_TENSORS], args[_TENSORS + 4 :]
-    need, dtype = options[_NEED], compute_dtype(hidden)
-    fn = lambda h, w, b: OP.plain("reference", h, w, b, *constants, *options).to(dtype)  # noqa: E731
-    grads = grad_of(fn, (hidden, weight, bias), (dloss,))
-    return tuple(
-        g if needed else e for g, e, needed in zip(grads, _empty_gradients(hidden, weight, bias, (False,) * 3), need)
-    )
+_call = wire(OP, _TENSORS)
 
 
 def _shard_forward(hidden, weight, bias, target, token_weight, class_weight, denominator, *options):
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    reduction, (need_dhidden, need_dweight, need_dbias) = options[5], options[_NEED]
+    reduction, (need_dhidden, need_dweight, need_dbias) = options[5], options[NEED]
     whole, nothing = Replicate(), [None] * len(options)
     at = lambda *pairs: [None if t is None else p for t, p in pairs]  # noqa: E731
     inputs = lambda rows: at(  # noqa: E731
@@ -227,7 +140,7 @@ def _shard_backward(dloss, *args):
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     tensors, options = args[:_TENSORS], args[_TENSORS + 4 :]
-    reduction, (need_dhidden, need_dweight, need_dbias) = options[5], options[_NEED]
+    reduction, (need_dhidden, need_dweight, need_dbias) = options[5], options[NEED]
     whole, nothing = Replicate(), [None] * len(options)
     inputs = lambda rows: [  # noqa: E731
         None if t is None else rows if by_row else whole
@@ -361,13 +274,7 @@ def linear_cross_entropy(
     tensors = (*tensors, denominator)
     if backend in OP.plain_forms:
         return OP.plain(backend, *tensors, *options, reduction)
-    grad = torch.is_grad_enabled()
-    need = [grad and t is not None and t.requires_grad for t in tensors[:3]]
-    options = (*options, reduction, narrow, logits_bytes, *need, backend)
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors if t is not None)
-    if plain and any(need) and reduction != "none" and not torch.compiler.is_compiling():
-        return _InPlace.apply(*tensors, *options)
-    return OP.forward(*tensors, *options)[0]
+    return _call(tensors, (*options, reduction, narrow, logits_bytes), backend)
 
 
 def _check(input, linear_weight, target, linear_bias, weight, token_weight, denominator, reduction, label_smoothing, z_loss,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastlm.kernels import linear_kl_div as loop
 from fastlm.ops import loss_checks as checks
-from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
+from fastlm.ops._op import Op, autocast_dtype, compute_dtype
 from fastlm.ops.kl_div import check_options, divergence, reduced, torch_rows
+from fastlm.ops.loss_gradients import NEED, empty_gradients, scaled, wire
 
 
 def _logits(hidden, weight, bias, dtype, scale, softcap):
@@ -32,15 +33,9 @@ def _reference(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bia
     return reduced(loss, mask, token_weight, reduction, denominator)
 
 
-def _scaled(t, factor):
-    wide = compute_dtype(t)  # the factor in fp32: torch would round a 0-d tensor to 16 bits first
-    return t * factor.to(wide) if t.dtype == wide else t.to(wide).mul_(factor).to(t.dtype)
-
-
 _NAMES = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias", "mask", "token_weight",
           "denominator")  # fmt: skip
 _TENSORS = len(_NAMES)
-_NEED = slice(-4, -1)  # among the options
 _ARGS = ", ".join(f"Tensor{'?' if n not in _NAMES[:2] + _NAMES[3:5] else ''} {n}" for n in _NAMES)
 _OPTIONS = (
     "float beta, float temperature, float scale, float? softcap, float teacher_scale, float? teacher_softcap, str reduction,"
@@ -54,64 +49,29 @@ OP = Op(
     " -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     kernels={
-        "torch": (partial(loop.forward, torch_rows), partial(loop.backward, torch_rows, _scaled)),
+        "torch": (partial(loop.forward, torch_rows), partial(loop.backward, torch_rows, scaled)),
         "triton": ("linear_kl_div:linear_kl_div_fwd", "linear_kl_div:linear_kl_div_bwd"),
     },
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
 )
 
 
-def _empty_gradients(hidden, weight, bias, need):
-    shapes = [t.shape if needed else (0,) for t, needed in zip((hidden, weight, weight[:, 0]), need)]
-    dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
-    return tuple(hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
-
-
 def _fake_forward(hidden, weight, bias, *rest):
     options = rest[_TENSORS - 3 :]
     none, dtype = options[6] == "none", compute_dtype(hidden)
     loss = hidden.new_empty(hidden.shape[:-1] if none else (), dtype=dtype)
-    gradients = _empty_gradients(hidden, weight, bias, (False,) * 3 if none else options[_NEED])
+    gradients = empty_gradients(hidden, weight, bias, (False,) * 3 if none else options[NEED])
     return loss, *gradients, hidden.new_empty((), dtype=dtype)
 
 
 def _fake_backward(dloss, hidden, weight, bias, *rest):
-    return _empty_gradients(hidden, weight, bias, rest[_NEED])
+    return empty_gradients(hidden, weight, bias, rest[NEED])
 
 
 OP.fake(_fake_forward, _fake_backward)
 
 
-@OP.autograd
-class _LinearKLDiv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        tensors, options = args[:_TENSORS], args[_TENSORS:]
-        options = (*options[:-4], *ctx.needs_input_grad[:3], options[-1])
-        loss, *rest = OP.below(*tensors, *options)
-        ctx.save_for_backward(*tensors, *rest)
-        ctx.options = options
-        ctx.mark_non_differentiable(*rest)
-        ctx.set_materialize_grads(False)
-        return loss, *rest
-
-    @staticmethod
-    def backward(ctx, dloss, *_):
-        nothing = (None,) * (_TENSORS - 3 + len(ctx.options))
-        if dloss is None:
-            return None, None, None, *nothing
-        grads = OP.backward(dloss, *ctx.saved_tensors, *ctx.options)
-        return *(g if needed else None for g, needed in zip(grads, ctx.options[_NEED])), *nothing
-
-
-@OP.backward_reference
-def _backward_reference(dloss, *args):
-    student, constants, options = args[:3], args[3:_TENSORS], args[_TENSORS + 4 :]
-    fn = lambda h, w, b: _reference(h, w, b, *constants, *options)  # noqa: E731
-    grads, nothing = grad_of(fn, student, (dloss,)), _empty_gradients(*student, (False,) * 3)
-    return tuple(g if needed else e for g, e, needed in zip(grads, nothing, options[_NEED]))
-
-
+_call = wire(OP, _TENSORS)
 _BY_ROW = (True, False, False, True, False, False, True, True, False)
 
 
@@ -119,7 +79,7 @@ def _shard_forward(*args):
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     tensors, options = args[:_TENSORS], args[_TENSORS:]
-    now, need, whole, rows = options[6] != "none", options[_NEED], Replicate(), Shard(0)
+    now, need, whole, rows = options[6] != "none", options[NEED], Replicate(), Shard(0)
     places = lambda p: [None if t is None else p if by_row else whole for t, by_row in zip(tensors, _BY_ROW)]  # noqa: E731
     nothing = [None] * len(options)
     rules = [([whole] * 5, [*places(whole), *nothing])]
@@ -133,7 +93,7 @@ def _shard_backward(dloss, *args):
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     tensors, options = args[:_TENSORS], args[_TENSORS + 4 :]
-    now, need, whole, rows = options[6] != "none", options[_NEED], Replicate(), Shard(0)
+    now, need, whole, rows = options[6] != "none", options[NEED], Replicate(), Shard(0)
     places = lambda p: [None if t is None else p if by_row else whole for t, by_row in zip(tensors, _BY_ROW)]  # noqa: E731
     nothing = [None] * len(options)
     rules = [([whole] * 3, [whole, *places(whole), *[whole] * 4, *nothing])]
@@ -194,9 +154,13 @@ def linear_kl_div(
         The loss in fp32 (fp64 for fp64 student_hidden): 0-d, or [...] for "none". A mean without a row that counts is 0 with zero
         gradients. Under autocast the products are in autocast's dtype and the loss stays fp32.
 
-    For "mean" and "sum" the forward computes the gradients too, if any is required, and the backward scales them: four products
-    in all, one of them the teacher's. "none" makes both models' logits anew in the backward (six). The weight's gradient is
+    For "mean" and "sum" the forward computes the gradients too, if any is required: four products in all, one of them the
+    teacher's. The backward scales them in place and hands them over; a further backward over the same graph (retain_graph) makes
+    them anew, to the same bits. "none" makes both models' logits anew in the backward (six products). The weight's gradient is
     summed over chunks in fp32 and returned in its own dtype. No host sync, deterministic, inputs are not overwritten.
+
+    Memory at its peak, beyond inputs: the logits, student_hidden's gradient, and student_weight's once, in the dtype of its
+    sum. Under torch.compile and DTensor gradients and their scaled copies coexist.
 
     Raises:
         ValueError: shapes that do not fit, a number out of range, an unknown reduction, an unknown or unsupported backend.
@@ -232,8 +196,7 @@ def linear_kl_div(
     if backend in OP.plain_forms:
         loss = OP.plain(backend, *tensors, *options)
     else:
-        need = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[:3])
-        loss = OP.forward(*tensors, *options, *need, backend)[0]
+        loss = _call(tensors, options, backend)
     return loss if after is None else reduced(loss, mask, after, "none", None)
 
 

@@ -18,7 +18,7 @@ from fastlm.ops import linear_logprobs as whole_logprobs
 from fastlm.ops import loss_checks as checks
 from fastlm.ops import loss_rows
 from fastlm.ops._op import REGISTRY, compute_dtype
-from fastlm.ops.linear_cross_entropy import scale_in_place
+from fastlm.ops.loss_gradients import scale_in_place
 
 _IGNORED = -(1 << 62)  # a target that no shift makes
 

@@ -1,6 +1,9 @@
-"""What a call allocates, as torch's dispatcher sees it: a mode that writes it down, and a stand-in for a Triton kernel."""
+"""What a call allocates: as torch's dispatcher sees it, with a stand-in for a Triton kernel, and as its CPU allocator does."""
+
+import itertools
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -29,3 +32,12 @@ class NoLaunch:
 
     def __getitem__(self, grid):
         return lambda *args, **options: self.launches.append(options)
+
+
+def peak_bytes(fn):
+    """The most memory fn() holds at once beyond what was there before, as torch's CPU allocator reports it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        fn()
+    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes))

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import fastlm.kernels
 from fastlm import ops
 from fastlm.kernels import chunked_loss
-from fastlm.ops.linear_cross_entropy import OP, _scaled
+from fastlm.ops.linear_cross_entropy import OP
+from fastlm.ops.loss_gradients import scaled
 from fastlm.ops.loss_rows import cross_entropy_rows
 from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, planted_bug
 
@@ -292,7 +293,7 @@ def planted_in_loop(old, new):
     module.LOGITS_BYTES = chunked_loss.LOGITS_BYTES
     before = dict(OP._loaded)
     OP._loaded["torch", 0] = partial(module.forward, cross_entropy_rows)
-    OP._loaded["torch", 1] = partial(module.backward, cross_entropy_rows, _scaled)
+    OP._loaded["torch", 1] = partial(module.backward, cross_entropy_rows, scaled)
     try:
         yield
     finally:

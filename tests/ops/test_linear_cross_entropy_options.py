@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from fastlm import ops
 from fastlm.ops.linear_cross_entropy import OP
 from fastlm.testing import Case, check_accuracy
+from tests.ops.allocations import peak_bytes
 
 # name -> values; the flags say whether a tensor is there.
 OPTIONS = {
@@ -214,15 +214,6 @@ def test_names_of_torch():
 # --- memory ---
 
 
-def _peak_bytes(fn):
-    """The most memory fn() holds at once beyond what was there before, as torch's CPU allocator reports it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        fn()
-    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(itertools.accumulate(sizes))
-
-
 @pytest.mark.parametrize("sum_dtype, chunks", [(None, 4), (torch.bfloat16, 4), (torch.bfloat16, 64)])
 @pytest.mark.parametrize("factor, reduction", [(1, "mean"), (3, "mean"), (3, "none")])
 def test_peak_memory(sum_dtype, chunks, factor, reduction):
@@ -243,4 +234,4 @@ def test_peak_memory(sum_dtype, chunks, factor, reduction):
     step()
     gradients = weight.numel() * (2 if sum_dtype else 4) + input.numel() * 2
     # Scratch: rows in fp32 that fit the cache, parts of a product.
-    assert _peak_bytes(step) <= logits_bytes + gradients + (3 << 20)
+    assert peak_bytes(step) <= logits_bytes + gradients + (3 << 20)

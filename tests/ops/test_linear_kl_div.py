@@ -4,12 +4,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm.kernels import chunked_loss
 from fastlm.ops.kl_div import kl_div
 from fastlm.ops.linear_kl_div import OP, linear_kl_div
 from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, check_strides, planted_bug
+from tests.ops.allocations import Allocations, peak_bytes
 
 BACKENDS = ("torch", "triton")
 ALL = {"student_scale": 0.7, "teacher_scale": 1.3, "student_softcap": 3.0, "teacher_softcap": 4.0}
@@ -216,18 +216,6 @@ def test_under_autocast_products_are_in_16_bits(backend, device):
     torch.testing.assert_close(loss, linear_kl_div(h, w, th, tw, backend="reference"), rtol=3e-2, atol=3e-3)
 
 
-class _Largest(TorchDispatchMode):
-    """The largest result of any torch call within the block."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            self.elements = max(self.elements, t.numel() if isinstance(t, torch.Tensor) else 0)
-        return out
-
-
 def test_logits_are_never_whole():
     hidden, weight, bias = (t.requires_grad_() for t in _args(torch.float32, "cpu", (64, 4), 500))
     teacher = _teacher(hidden.detach(), 500)
@@ -235,10 +223,46 @@ def test_logits_are_never_whole():
         options = (0.0, 1.0, 1.0, None, 1.0, None, reduction, 8 * 2 * 500 * 4, True, True, True, "torch")
         count = torch.tensor(64.0) if reduction == "mean" else None
         tensors = (hidden.detach(), weight.detach(), bias.detach(), *teacher, None, None, count)
-        with _Largest() as largest:
+        with Allocations() as made:
             loss, *saved = OP._load("torch", 0)(*tensors, *options[:-1])
             OP._load("torch", 1)(torch.ones_like(loss), *tensors, *saved, *options[:-1])
-        assert largest.elements <= 4 * 8 * 500  # the four buffers of the torch form's rows, made at once
+        assert max(made.elements) <= 4 * 8 * 500  # the four buffers of the torch form's rows, made at once
+
+
+@pytest.mark.parametrize("factor, reduction", [(1, "mean"), (3, "mean"), (3, "none")])
+def test_peak_memory(factor, reduction):
+    """Forward and backward hold no more logits than their budget, the student's gradients once (its weight's in fp32), and little
+    more. The shape is that of a GPU with 16 times fewer of each."""
+    rows, width, classes = 512, 256, 8016
+    hidden = torch.randn(rows, width).bfloat16().requires_grad_()
+    weight = torch.randn(classes, width).bfloat16().requires_grad_()
+    teacher = torch.randn(rows, 64).bfloat16(), torch.randn(classes, 64).bfloat16()
+    logits_bytes = rows * classes * 2 * 2 // 8
+
+    def step():
+        loss = linear_kl_div(hidden, weight, *teacher, logits_bytes=logits_bytes, reduction=reduction, backend="torch")
+        (loss * factor).sum().backward()
+        hidden.grad = weight.grad = None
+
+    step()
+    gradients = weight.numel() * 4 + hidden.numel() * 2
+    # Scratch: rows in fp32 that fit the cache, parts of a product.
+    assert peak_bytes(step) <= logits_bytes + gradients + (3 << 20)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_handed_over_once_and_then_made_anew(backend, device):
+    case = CASES["mean"]
+    inputs = [t.requires_grad_() for t in case.make(torch.float32, device)]
+    loss = 3 * case.fn(*inputs, backend=backend)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(2 * loss, inputs, retain_graph=True)
+    for a, b, c in zip(first, kept, second):
+        assert torch.equal(a, b) and a.data_ptr() != c.data_ptr()
+        torch.testing.assert_close(2 * a, c)
+    again = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
 @pytest.mark.parametrize(
