@@ -6,25 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_ROW = 65536  # a row lives in the registers of one program; wider rows take another backend
-
 
 def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors of the device; a fixed stand-in where there is no GPU (interpreter, meta tensors)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 4 if device.type == "cpu" else 132
-
-
-def row_tile(n: int) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps) for rows of n elements: several short rows per program, one long row each.
-
-    About 8-16 elements per thread: enough loads in flight to hide latency, few enough registers not to spill.
-    """
-    block_n = triton.next_power_of_2(max(n, 16))
-    block_m = max(1, min(32, 1024 // block_n))
-    num_warps = max(4, min(16, block_m * block_n // 512))
-    return block_m, block_n, num_warps
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
