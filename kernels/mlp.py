@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from .matmul import bias_grad, cast, empty_grad, linear, matrix, weight_grad, why_not_fused
 
 _aten = torch.ops.aten
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # a look through sys.path: once
 
 
 class Form(NamedTuple):
@@ -148,7 +149,7 @@ PLAIN = Form(_hidden, _value, _slopes)
 
 def library_form(x):
     """Torch's products, and between them our element-wise kernels where they run, else torch's functions."""
-    if x.device.type != "cuda" or x.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+    if x.device.type != "cuda" or x.dtype == torch.float64 or not _HAS_TRITON:
         return PLAIN
     from .mlp_epilogue import ELEMENTWISE
 
