@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .common import at_two_strides, empty_beside
-from .loss_rows import LOWEST, add_to_softmax, ends_of, logit, peels, row_of, store_gradient
+from .loss_rows import LOWEST, add_to_softmax, ends_of, logit, peels, row_of, store_gradient, strides
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def _launch(kernel, target, weight, outputs, placed, ignore_index, smoothing, z_
     block = min(4096, triton.next_power_of_2(max(V, 128)))
     kernel[(N,)](
         placed[0][0], target.reshape(-1).contiguous(), weight, None if weight is None else weight.sum(), *outputs,
-        *(number for _, *numbers in placed for number in numbers), N, V,
+        *(number for tensor in placed for number in strides(tensor)), N, V,
         ignore_index, smoothing, z_loss, scale, 1.0 if softcap is None else softcap,
         SMOOTHING=smoothing != 0, SOFTCAP=softcap is not None, PEEL=peels(*placed), BLOCK_V=block,
         num_warps=max(4, min(16, block // 512)),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .common import at_two_strides, empty_beside
-from .loss_rows import LOWEST, add_to_softmax, ends_of, logit, peels, row_of, store_gradient
+from .loss_rows import LOWEST, add_to_softmax, ends_of, logit, peels, row_of, store_gradient, strides
 
 FORWARD, REVERSE, MIXTURE = range(3)  # KL(teacher || student), KL(student || teacher), and what lies between
 _FORWARD, _REVERSE = tl.constexpr(FORWARD), tl.constexpr(REVERSE)
@@ -160,9 +160,6 @@ def _kl_div_rows_kernel(
     x_start, first = row_of(n, inner_x, stride_xo, stride_xi, PEEL)
     y_start, first = row_of(n, inner_y, stride_yo, stride_yi, PEEL)  # the same distance
     x_ptr, y_ptr = x_ptr + x_start, y_ptr + y_start
-    if WITH_GRAD:
-        dx_start, first = row_of(n, inner_dx, stride_dxo, stride_dxi, PEEL)
-        dx_ptr += dx_start
     begin: tl.constexpr = BLOCK_V if PEEL else 0
     full, end = ends_of(first, V, PEEL, BLOCK_V)
     options = (x_scale, y_scale, x_softcap, y_softcap, inverse_t, beta)
@@ -182,6 +179,8 @@ def _kl_div_rows_kernel(
             value, row = _value(x_ptr, y_ptr, first, begin, full, end, options, KIND, X_SOFTCAP, Y_SOFTCAP, BLOCK_V)
             tl.store(loss_ptr + n, value)
         if WITH_GRAD:
+            dx_start, first = row_of(n, inner_dx, stride_dxo, stride_dxi, PEEL)
+            dx_ptr += dx_start
             col = tl.arange(0, BLOCK_V)
             if PEEL:
                 mask = (col >= first) & (col < end)
@@ -205,7 +204,8 @@ def _kl_div_rows_kernel(
                 for i in tl.static_range(5):
                     tl.store(statistics_ptr + i * N, 0.0)
         if WITH_GRAD:
-            _write_zeros(dx_ptr, first, begin, full, end, BLOCK_V)
+            dx_start, first = row_of(n, inner_dx, stride_dxo, stride_dxi, PEEL)
+            _write_zeros(dx_ptr + dx_start, first, begin, full, end, BLOCK_V)
 
 
 def kind_of(beta):
@@ -224,7 +224,7 @@ def launch(x, y, mask, factor, loss, statistics, dx, beta, temperature,
     # A mixture's two loops spilled 8 to 16 bytes at 2048.
     block = min(1024 if kind_of(beta) == MIXTURE else 2048, triton.next_power_of_2(max(V, 128)))
     _kl_div_rows_kernel[(N,)](
-        x[0], y[0], mask, factor, loss, statistics, out[0], *x[1:], *y[1:], *out[1:], N, V,
+        x[0], y[0], mask, factor, loss, statistics, out[0], *strides(x), *strides(y), *strides(out), N, V,
         *scales, *(1.0 if s is None else s for s in softcaps), 1.0 / temperature, beta,
         KIND=kind_of(beta), STORED=stored, WITH_GRAD=dx is not None,
         X_SOFTCAP=softcaps[0] is not None, Y_SOFTCAP=softcaps[1] is not None,
