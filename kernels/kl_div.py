@@ -65,6 +65,13 @@ def _log_probabilities(x_ptr, y_ptr, mask, row, options, X_SOFTCAP: tl.constexpr
 
 
 @triton.jit
+def _log_mixture(q, p, beta):
+    """log m. Parts of subnormal probabilities may round to 0 where those do not, and log 0 times them would be infinite."""
+    m = beta * p + (1.0 - beta) * q
+    return tl.log(tl.maximum(m, 1.1754944e-38, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def _value_tile(x_ptr, y_ptr, mask, row, sums, options,
                 X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """One tile of a mixture's value. sums: per lane, those of q (log q - log m) and of p (log p - log m)."""
@@ -73,7 +80,7 @@ def _value_tile(x_ptr, y_ptr, mask, row, sums, options,
     q, p = tl.exp(log_q), tl.exp(log_p)
     if MASKED:
         q, p = tl.where(mask, q, 0.0), tl.where(mask, p, 0.0)
-    log_m = tl.log(beta * p + (1.0 - beta) * q)
+    log_m = _log_mixture(q, p, beta)
     of_q = tl.where(q == 0, 0.0, q * (log_q - log_m))
     of_p = tl.where(p == 0, 0.0, p * (log_p - log_m))
     return sums[0] + of_q, sums[1] + of_p
@@ -90,7 +97,7 @@ def _gradient_tile(x_ptr, y_ptr, dx_ptr, mask, row, factor, options,
         gradient = tl.where(q == 0, 0.0, q * (log_q - log_p - row[4]))
     else:
         beta = options[5]
-        log_m = tl.log(beta * tl.exp(log_p) + (1.0 - beta) * q)
+        log_m = _log_mixture(q, tl.exp(log_p), beta)
         gradient = tl.where(q == 0, 0.0, (1.0 - beta) * q * (log_q - log_m - row[4]))
     store_gradient(dx_ptr, mask, gradient, x, factor * options[4], True, options[0], options[2], X_SOFTCAP)
 

@@ -65,7 +65,8 @@ def _mixture_block(a, b, q, p, beta, careful):
     """_divergence_block for 0 < beta < 1. Here probabilities are the exponentials of their logarithms to the last bit: what is
     left of the differences to log m may be small."""
     torch.exp(torch.log_softmax(a, -1, out=a), out=q), torch.exp(torch.log_softmax(b, -1, out=b), out=p)
-    log_m = torch.mul(q, 1 - beta).add_(p, alpha=beta).log_()
+    # Parts of subnormal probabilities may round to 0 where those do not, and log 0 times them would be infinite.
+    log_m = torch.mul(q, 1 - beta).add_(p, alpha=beta).clamp_(min=torch.finfo(q.dtype).tiny).log_()
     a.sub_(log_m), b.sub_(log_m)
     if careful:
         a.masked_fill_(q == 0, 0), b.masked_fill_(p == 0, 0)
