@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from fastlm import ops
 from fastlm.testing import (
     Case,
-    _run,
     check_accuracy,
     check_autocast,
     check_compile,
@@ -21,6 +20,7 @@ from fastlm.testing import (
     check_transforms,
     planted_bug,
 )
+from fastlm.testing.accuracy import outputs_and_gradients
 
 mlp_module = sys.modules["fastlm.ops.mlp"]  # the name fastlm.ops.mlp is the function's
 PLAIN = {
@@ -190,7 +190,10 @@ def test_saved_are_x_and_the_pre_activation(backend, recompute, layers, device):
 @pytest.mark.parametrize("layers", [1, 2, "packed"])
 def test_recomputing_changes_no_bit(layers, device):
     args = _make(True, layers)(torch.bfloat16, device)
-    runs = [_run(lambda *a, r=r: _case("gelu", layers, True, r).fn(*a, backend="triton"), args) for r in (False, True)]
+    runs = [
+        outputs_and_gradients(lambda *a, r=r: _case("gelu", layers, True, r).fn(*a, backend="triton"), args)
+        for r in (False, True)
+    ]
     for kept, again in zip(*(outs + grads for outs, grads in runs)):
         assert torch.equal(kept, again)
 
@@ -321,3 +324,51 @@ def test_without_gradients_the_activation_is_in_place_and_nothing_else(kind, lay
         torch.testing.assert_close(case.fn(*args, backend="torch"), case.plain(*args))
     for now, then in zip(args, before):
         assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize("layers", [1, 2, "packed"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("wide", ["x", "parameter"])
+def test_fp64_under_autocast(layers, recompute, wide):
+    # Autocast leaves fp64 as it is: x in fp64 asks for products in it, a parameter in fp64 is cast as any other.
+    case = _case("silu", layers, True, recompute)
+    args = [t.requires_grad_() for t in case.make(torch.float32, "cpu")]
+    for i in (0,) if wide == "x" else (1, len(args) - 1):
+        args[i] = args[i].detach().double().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = case.fn(*args, backend="torch")
+    assert y.dtype == (torch.float64 if wide == "x" else torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in args]
+    want = case.plain(*exact)
+    close = {"rtol": 1e-6, "atol": 1e-6} if wide == "x" else {"rtol": 0.05, "atol": 0.1}
+    torch.testing.assert_close(y.double(), want, **close)
+    y.sum().backward()
+    want.sum().backward()
+    for t, e in zip(args, exact):
+        assert t.grad.dtype == t.dtype
+        scale = e.grad.abs().max().item()
+        torch.testing.assert_close(t.grad.double() / scale, e.grad / scale, **close)
+
+
+def test_a_bias_of_higher_precision_gets_its_gradient_so(device):
+    dy = torch.rand(512, 8, device=device).bfloat16()
+    x = torch.randn(512, 4, device=device).bfloat16()
+    for backend in BACKENDS:
+        up, down = (torch.randn(s, device=device).bfloat16() for s in ((6, 4), (8, 6)))
+        bias = torch.zeros(8, device=device, requires_grad=True)
+        ops.mlp(x, up, down, None, bias, recompute=True, backend=backend).backward(dy)
+        torch.testing.assert_close(bias.grad.double(), dy.double().sum(0), rtol=1e-5, atol=0)
+
+
+def test_gradients_of_fp32_matrices_in_the_librarys_own_rounding():
+    # out_dtype is for 16-bit inputs alone; a fake device, as no CPU product has it.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from fastlm.kernels import matmul
+
+    with FakeTensorMode():
+        weight = torch.empty(6, 4, device="cuda")
+        for dtype in (torch.float64, torch.bfloat16, torch.float32):
+            x, dy = (torch.empty(3, width, dtype=dtype, device="cuda") for width in (4, 6))
+            grad = matmul.weight_grad(dy, x, weight)
+            assert grad.dtype == torch.float32 and grad.shape == weight.shape
