@@ -78,8 +78,8 @@ def norm_bwd(dy, dresidual_out, x, weight, bias, mean, rstd, seed, has_residual,
         )
     M = x.numel() // N
     # Wider rows would spill: the sums of dweight (and dbias) alone are N fp32 numbers in the registers of one program.
-    heavy = centred or seed is not None
-    widest = 4096 if heavy and two_out and x.element_size() > 2 else 8192 if heavy or x.element_size() > 2 else 16384
+    heavy, in32 = centred or seed is not None, max(x.element_size(), dy.element_size()) > 2
+    widest = 4096 if heavy and two_out and in32 else 8192 if heavy or in32 else 16384
     launch = _wide_backward if widest < N else _row_backward
     (dy, *dy_rows), (x, *x_rows) = at_two_strides(dy), at_two_strides(x)
     ds, *ds_rows = (x, *x_rows) if dresidual_out is None else at_two_strides(dresidual_out)

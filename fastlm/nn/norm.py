@@ -67,7 +67,8 @@ class RMSNorm(_Options, nn.RMSNorm):
         self._take(weight_offset, casting, dropout)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        # None is torch's default: the eps of the dtype computed in, which is fp32 for 16-bit inputs.
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
         return ops.rms_norm(x, self.weight, eps, residual=residual, **self._options())
 
 

@@ -44,7 +44,9 @@ def _added(x, residual, seed, p):
 def _with_sum(norm, x, weight, bias, residual, seed, eps, weight_offset, llama, dropout_p):
     """The norm of dropout(x) + residual."""
     total, out = _added(x, residual, seed, dropout_p), x.dtype
-    y = norm(total, weight, bias, eps, weight_offset, _rounding(x, llama))
+    # A residual narrower than x must not round y: what is normalised holds both dtypes.
+    s = total if total.dtype == out else total.to(torch.promote_types(total.dtype, out))
+    y = norm(s, weight, bias, eps, weight_offset, _rounding(x, llama))
     y = y if y.dtype == out else y.to(out)
     return y if residual is None else (y, total)
 
@@ -165,7 +167,12 @@ def _layer(x, weight, bias, eps, weight_offset, rounding):
     if weight_offset and weight is not None:
         weight = weight.to(compute_dtype(weight)) + weight_offset
     dtype = x.dtype
-    if dtype.itemsize == 2 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    in16 = dtype.itemsize == 2 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if weight is None and bias is not None and torch.is_grad_enabled():
+        # torch.layer_norm with a bias alone: in 16 bits its backward raises, and its second derivative drops the weight's
+        # part (torch 2.13).
+        weight = torch.ones_like(bias, dtype=torch.float32 if in16 else None)
+    if in16:
         return _layer16(x, weight, bias, eps)
     if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
         return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)

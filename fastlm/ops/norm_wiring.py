@@ -16,8 +16,11 @@ CASTINGS = ("fp32", "llama")
 
 
 def _supports(backend, x, *_):
-    if backend == "triton" and x.shape[-1] > _WIDEST:
-        return f"its rows are at most {_WIDEST} wide, got {x.shape[-1]}"
+    if backend == "triton":
+        if x.shape[-1] > _WIDEST:
+            return f"its rows are at most {_WIDEST} wide, got {x.shape[-1]}"
+        if x.numel() >= (x.shape[-1] or 1) * 2**31:
+            return f"its rows are numbered in 32 bits: fewer than 2^31 of them, got x {list(x.shape)}"
     return None
 
 
@@ -172,12 +175,18 @@ def check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, residu
         raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
     if len(shape) == 0:
         raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-    if weight is not None and weight.shape != shape[-1:]:
-        raise ValueError(f"{op}: weight must be [{shape[-1]}] like x's last dimension, got {list(weight.shape)}")
-    if bias is not None and bias.shape != shape[-1:]:
-        raise ValueError(f"{op}: bias must be [{shape[-1]}] like x's last dimension, got {list(bias.shape)}")
-    if residual is not None and residual.shape != shape:
-        raise ValueError(f"{op}: residual must have x's shape {list(shape)}, got {list(residual.shape)}")
+    if weight is not None and (weight.shape != shape[-1:] or not weight.is_floating_point()):
+        _refuse(op, "weight", weight, f"be [{shape[-1]}] like x's last dimension")
+    if bias is not None and (bias.shape != shape[-1:] or not bias.is_floating_point()):
+        _refuse(op, "bias", bias, f"be [{shape[-1]}] like x's last dimension")
+    if residual is not None and (residual.shape != shape or not residual.is_floating_point()):
+        _refuse(op, "residual", residual, f"have x's shape {list(shape)}")
+
+
+def _refuse(op: str, name: str, t: Tensor, expected: str) -> None:
+    if not t.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}; convert it with .to(x.dtype)")
+    raise ValueError(f"{op}: {name} must {expected}, got {list(t.shape)}")
 
 
 def check_casting(op: str, casting: str) -> bool:
@@ -189,6 +198,11 @@ def check_casting(op: str, casting: str) -> bool:
 
 def dropout_seed(op: str, x: Tensor, seed: int | Tensor | None, dropout_p: float) -> Tensor:
     """The seed of a call with dropout. Raises ValueError, TypeError for a bad p or seed, and for DTensors."""
+    number = isinstance(dropout_p, (int, float)) or (
+        hasattr(dropout_p, "__float__") and not isinstance(dropout_p, Tensor)
+    )
+    if not number:
+        raise TypeError(f"{op}: dropout_p must be a number in [0, 1), got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {dropout_p}")
     if type(x).__name__ == "DTensor":

@@ -49,9 +49,11 @@ def rms_norm(
 
     Raises:
         ValueError: shapes that do not fit, dropout_p outside [0, 1) or with a DTensor, a bad seed, an unknown casting, an
-        unknown or unsupported backend. TypeError: x is not floating point, seed is neither int nor tensor.
+        unknown or unsupported backend. TypeError: x, weight, bias or residual is not floating point, dropout_p is no number,
+        seed is neither int nor tensor.
 
-    Backends: triton on compute capability >= 8.0, N <= 262144. Paper: Zhang and Sennrich 2019, arXiv:1910.07467.
+    Backends: triton on compute capability >= 8.0, N <= 262144, fewer than 2^31 rows.
+    Paper: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     check("rms_norm", x, weight, bias, residual)
     llama = casting != "fp32" and check_casting("rms_norm", casting)

@@ -31,6 +31,15 @@ def test_equals_torch(ours, theirs, options):
     assert isinstance(ours, type(theirs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_default_eps_is_that_of_the_dtype_computed_in(dtype):
+    x = (torch.randn(2, 8) * 1e-2).to(dtype)  # small: bf16's own eps would halve the norm of these and more
+    ours, theirs = (module(8).to(dtype)(x) for module in (nn.RMSNorm, torch.nn.RMSNorm))
+    torch.testing.assert_close(ours, theirs)
+    with pytest.raises(TypeError, match="rms_norm: x must be floating point"):
+        nn.RMSNorm(8)(torch.ones(2, 8, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("module", [nn.RMSNorm, nn.LayerNorm])
 def test_one_dimension_only(module):
     with pytest.raises(ValueError, match=r"must be one dimension, the last, got \[4, 6\]"):

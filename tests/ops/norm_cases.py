@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import ops
+from fastlm.kernels import norm_launch
 from fastlm.ops.norm_reference import kept
-from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, planted_bug
+from fastlm.testing import Case, assert_accurate, check_accuracy, check_guards, check_op, check_reference, planted_bug
 
 BACKENDS = ("torch", "triton")
 SEED, P = 11, 0.3
@@ -170,6 +171,32 @@ class NormTests:
         y, total = case.fn(*args, backend=backend)
         assert y.dtype == torch.bfloat16 and total.dtype == torch.float32
 
+    @pytest.mark.parametrize(
+        "x_dtype, residual_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)]
+    )
+    @pytest.mark.parametrize("casting", ["fp32", "llama"])
+    @pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+    def test_a_narrower_residual_does_not_round_y(self, backend, casting, x_dtype, residual_dtype, device):
+        x, residual = (random((3, 40), kind, device) for kind in (x_dtype, residual_dtype))
+        weight = random((40,), x_dtype, device, 1e5)  # products beyond fp16's range
+        y, total = self.norm.op(x, weight, residual=residual, casting=casting, backend=backend)
+        assert y.dtype == x_dtype and total.dtype == residual_dtype and y.isfinite().all()
+        assert torch.equal(total, (x.float() + residual.float()).to(residual_dtype))
+        # y is the norm of the very sum that is returned.
+        xhat = self.norm.plain(total.double(), None, None)
+        of_sum = self.norm.plain(total.float(), None, None)
+        if casting == "llama":
+            xhat, of_sum = xhat.to(x_dtype).double(), of_sum.to(x_dtype).float()
+        assert_accurate(y, xhat * weight.double(), (of_sum * weight.float()).to(x_dtype))
+
+    def test_rows_of_the_backward_by_its_widest_dtype(self, device, monkeypatch):
+        # With dy in fp32, rows of 8192 and a dropout spill, whatever the dtype of the residual stream.
+        x, residual = torch.randn(1, 8192, device=device), torch.randn(1, 8192, device=device).bfloat16()
+        y, _ = self.norm.op(x.requires_grad_(), residual=residual, dropout_p=P, seed=SEED, backend="triton")
+        monkeypatch.setattr(norm_launch, "_row_backward", lambda *_: pytest.fail("the rows were kept in registers"))
+        y.sum().backward()
+        assert x.grad.isfinite().all()
+
     # --- rows at two strides --------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("kind", ["", "r"])
@@ -325,14 +352,25 @@ class NormTests:
             self.norm.op(x, weight, residual=x[:1])
         with pytest.raises(ValueError, match=f"{name}: x must have at least one dimension"):
             self.norm.op(x[0, 0])
+        whole = torch.ones(2, 8, dtype=torch.int64)
         with pytest.raises(TypeError, match=f"{name}: x must be floating point"):
-            self.norm.op(torch.ones(2, 8, dtype=torch.int64), weight)
+            self.norm.op(whole, weight)
+        for argument, value in {"weight": whole[0], "bias": whole[0], "residual": whole}.items():
+            with pytest.raises(TypeError, match=f"{name}: {argument} must be floating point, got torch.int64"):
+                self.norm.op(x, **{argument: value})
+        for p in ("0.1", torch.tensor(0.1), [0.1]):
+            with pytest.raises(
+                TypeError, match=rf"{name}: dropout_p must be a number in \[0, 1\), got {type(p).__name__}"
+            ):
+                self.norm.op(x, dropout_p=p)
         with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
             self.norm.op(x, weight, backend="tritn")
         with pytest.raises(ValueError, match="its kernels take float32, bfloat16, float16, got float64"):
             self.norm.op(x.double(), backend="triton")
         with pytest.raises(ValueError, match="its rows are at most 262144 wide, got 262145"):
             self.norm.op(torch.empty(1, 262145), backend="triton")
+        with pytest.raises(ValueError, match=r"its rows are numbered in 32 bits: fewer than 2\^31 of them"):
+            ops.explain(self.norm.op, torch.empty(1).expand(2**31, 1), backend="triton")
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_torch_form_differentiates_twice(self, kind):

@@ -1,6 +1,42 @@
-import pytest
+import sys
 
+import pytest
+import torch
+
+from fastlm import ops
+from fastlm.testing import assert_accurate
 from tests.ops.norm_cases import Norm, NormTests
+
+
+def _bias_alone(x, bias, *, backend):
+    return ops.layer_norm(x, None, bias, backend=backend)
+
+
+@pytest.mark.parametrize("few", [None, 0])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_torch_form_with_a_bias_alone(dtype, trained, few, monkeypatch):
+    if few is not None:
+        monkeypatch.setattr(sys.modules["fastlm.ops.norm_torch"], "_FEW", few)
+    x, bias, dy = (torch.randn(s).to(dtype) for s in ((6, 40), (40,), (6, 40)))
+
+    def run(kind, backend):
+        a, b = x.to(kind).requires_grad_(), bias.to(kind).requires_grad_(trained)
+        y = _bias_alone(a, b, backend=backend)
+        return y, *torch.autograd.grad(y, [a, b] if trained else [a], dy.to(kind))
+
+    for found, exact, plain in zip(
+        run(dtype, "torch"), run(torch.float64, "reference"), run(dtype, "reference"), strict=True
+    ):
+        assert found.dtype == dtype
+        assert_accurate(found, exact, plain)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_torch_form_with_a_bias_alone_differentiates_twice(trained):
+    x, bias = (torch.randn(s, dtype=torch.float64) for s in ((2, 3, 5), (5,)))
+    inputs = (x.requires_grad_(), bias.requires_grad_(trained))
+    assert torch.autograd.gradgradcheck(lambda a, b: _bias_alone(a, b, backend="torch"), inputs)
 
 
 class TestLayerNorm(NormTests):
