@@ -11,6 +11,7 @@ from fastlm.ops._op import Op, compute_dtype
 
 _WIDEST = 262144
 _FEW = 1 << 14  # elements up to which autograd's own steps cost less than a Function of Python
+_BLOCK = 1 << 17  # elements of a block of rows of the torch form
 
 
 def _reference(x, mask, scale):
@@ -25,6 +26,8 @@ def _reference(x, mask, scale):
 
 def _scores(x, mask, scale):
     """scale * x + mask, in few passes."""
+    if mask is None:
+        return x * scale
     if mask.dtype != torch.bool:
         return torch.add(mask if mask.dtype == x.dtype else mask.to(x.dtype), x, alpha=scale)
     if not (torch.is_grad_enabled() and x.requires_grad):
@@ -48,21 +51,82 @@ class _Scores(torch.autograd.Function):
 
 
 def _torch(x, mask, scale):
-    if mask is None:
-        return torch.softmax(x if scale == 1 else x * scale, -1)
+    if mask is None and scale == 1:
+        return torch.softmax(x, -1)
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
         return _reference(x, mask, scale)
-    s = _scores(x, mask, scale)
+    if x.element_size() > 2 or (scale == 1 and mask.dtype == torch.bool):  # the scores fit into x's dtype
+        return _softmax_of(_scores(x, mask, scale), mask)
+    if x.numel() <= _FEW or type(x).__name__ == "DTensor":
+        return _softmax_of(_scores(x.float(), mask, scale), mask).to(x.dtype)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Softmax16.apply(x, mask, scale)
+    return _softmax16(x, mask, scale)
+
+
+def _softmax_of(s, mask):
+    """softmax of the scores, 0 in rows of nothing but -inf if there is a mask."""
     y = torch.softmax(s, -1)
-    if not math.isnan((y.detach() if y.requires_grad else y).select(-1, 0).sum()):  # a hidden row is NaN
+    if mask is None or not math.isnan(
+        (y.detach() if y.requires_grad else y).select(-1, 0).sum()
+    ):  # a hidden row is NaN
         return y
     dead = (s == float("-inf")).all(-1, keepdim=True)  # a NaN may also be the user's own
     return torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
 
 
+def _blocks(*tensors):
+    """The tensors, of one shape (or None), in blocks of rows that stay in the cache when they are widened."""
+    shape, count = tensors[0].shape, tensors[0].numel()
+    if count <= _BLOCK or len(shape) == 1:
+        yield tensors
+        return
+    step = _BLOCK * shape[0] // count
+    for i in range(0, shape[0], max(step, 1)):
+        part = [t if t is None else t[i : i + step] if step else t[i] for t in tensors]
+        yield from (part,) if step else _blocks(*part)
+
+
+def _softmax16(x, mask, scale):
+    """softmax of 16-bit x by way of fp32 scores: what a mask or a scale makes of them need not fit into 16 bits."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    for part, m, out in _blocks(x, mask if mask is None else mask.expand(x.shape), y):
+        s = part.float()
+        if mask is None:
+            s.mul_(scale)
+        elif mask.dtype != torch.bool:
+            torch.add(m, s, alpha=scale, out=s)
+        else:
+            s.mul_(scale).masked_fill_(~m, float("-inf"))
+        out.copy_(_softmax_of(s, mask))
+    return y
+
+
+class _Softmax16(torch.autograd.Function):
+    """_softmax16, whose backward reads 16-bit y alone."""
+
+    @staticmethod
+    def forward(ctx, x, mask, scale):
+        y = _softmax16(x, mask, scale)
+        ctx.save_for_backward(y)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph
+            return _backward_reference(dy, y, ctx.scale, None), None, None
+        dx = torch.ops.aten._softmax_backward_data.default(dy, y, -1, y.dtype)  # in fp32 inside
+        return dx if ctx.scale == 1 else dx.mul_(ctx.scale), None, None
+
+
 def _supports(backend, x, mask):
-    if backend == "triton" and x.shape[-1] > _WIDEST:
-        return f"its rows are at most {_WIDEST} wide, got {x.shape[-1]}"
+    if backend == "triton":
+        if x.shape[-1] > _WIDEST:
+            return f"its rows are at most {_WIDEST} wide, got {x.shape[-1]}"
+        if x.numel() >= (x.shape[-1] or 1) * 2**31:
+            return f"its rows are numbered in 32 bits: fewer than 2^31 of them, got x {list(x.shape)}"
     return None
 
 
@@ -168,8 +232,8 @@ def softmax(
         ValueError: dim outside x, a mask that does not broadcast to x or that requires a gradient, an unknown or unsupported
         backend. TypeError: x is not floating point, mask is neither boolean nor floating point.
 
-    Backends: triton on compute capability >= 8.0, rows of at most 262144. Paper: Milakov and Gimelshein 2018,
-    arXiv:1805.02867.
+    Backends: triton on compute capability >= 8.0, fewer than 2^31 rows of at most 262144. Paper: Milakov and Gimelshein
+    2018, arXiv:1805.02867.
     """
     _check(x, dim, mask)
     dim = dim if dim < 0 else dim - x.ndim

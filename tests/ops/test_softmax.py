@@ -1,8 +1,10 @@
+import sys
+
 import pytest
 import torch
 
 from fastlm import ops
-from fastlm.testing import Case, check_accuracy, check_guards, check_op, check_reference, planted_bug
+from fastlm.testing import Case, assert_accurate, check_accuracy, check_guards, check_op, check_reference, planted_bug
 
 BACKENDS = ("torch", "triton")
 SHAPE = (2, 3, 4, 20)
@@ -153,6 +155,68 @@ def test_sixteen_bits_under_a_mask_in_fp32(backend, device):
     torch.testing.assert_close(got, want)
 
 
+# The torch form works on few elements at once and on many in blocks of rows; here of 50 elements.
+FORMS = pytest.mark.parametrize("form", ["torch", "torch in blocks", "triton"])
+
+
+def _backend_of(form, monkeypatch):
+    if form == "torch in blocks":
+        monkeypatch.setattr(sys.modules["fastlm.ops.softmax"], "_FEW", 0)
+        monkeypatch.setattr(sys.modules["fastlm.ops.softmax"], "_BLOCK", 50)
+    return form.split()[0]
+
+
+@FORMS
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_scores_beyond_sixteen_bits(with_grad, form, device, monkeypatch):
+    backend = _backend_of(form, monkeypatch)
+    low = torch.finfo(torch.float32).min
+    for x, scale, mask in (
+        (torch.tensor([[1.0, 2.0]]).bfloat16(), 1.0, torch.full((2,), low)),  # finite: it does not hide
+        (torch.tensor([[-20.0, -30.0]]).half(), 1.0, torch.full((2,), -65504.0).half()),
+        (torch.tensor([[6e4, 6e4, 0.0]]).half(), 2.0, None),
+        (torch.tensor([[6e4, 6e4, 0.0]]).half(), 2.0, torch.tensor([True, True, False])),
+    ):
+        x, mask = x.to(device).requires_grad_(with_grad), mask if mask is None else mask.to(device)
+        got, want = (ops.softmax(x, scale=scale, mask=mask, backend=b) for b in (backend, "reference"))
+        torch.testing.assert_close(got, want)
+        assert got.isfinite().all() and got.sum() > 0.9
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+def test_sixteen_bits_are_computed_in_fp32(kind, dtype, form, device, monkeypatch):
+    backend, scale = _backend_of(form, monkeypatch), 3.0
+    x = (10 * torch.randn(SHAPE)).to(dtype).to(device)
+    mask = _mask(kind, SHAPE, device)
+    exact = ops.softmax(x.double(), scale=scale, mask=mask, backend="reference")
+    plain = ops.softmax(x, scale=scale, mask=mask, backend="reference")
+    for with_grad in (False, True):
+        y = ops.softmax(x.detach().requires_grad_(with_grad), scale=scale, mask=mask, backend=backend)
+        assert y.dtype == dtype
+        assert_accurate(y, exact, plain)
+    check_accuracy(_case(kind), backend, dtype, device)  # gradients too
+
+
+@FORMS
+@pytest.mark.parametrize("kind", MASKS)
+def test_sixteen_bits_differentiate_twice(kind, form, device, monkeypatch):
+    backend, mask = _backend_of(form, monkeypatch), _mask(kind, SHAPE, device)
+    x, dy = (torch.randn(SHAPE, device=device).bfloat16() for _ in range(2))
+
+    def second(fn, dtype):
+        a, t = (v.to(dtype).requires_grad_() for v in (x, dy))
+        (first,) = torch.autograd.grad(fn(a), a, t, create_graph=True)
+        return torch.autograd.grad(first.sin().sum(), (a, t))
+
+    found = second(lambda a: ops.softmax(a, scale=0.7, mask=mask, backend=backend), torch.bfloat16)
+    exact = second(lambda a: ops.softmax(a, scale=0.7, mask=mask, backend="reference"), torch.float64)
+    plain = second(lambda a: _by_hand(a, mask, 0.7), torch.bfloat16)
+    for found_one, exact_one, plain_one in zip(found, exact, plain, strict=True):
+        assert_accurate(found_one, exact_one, plain_one)
+
+
 @pytest.mark.parametrize(
     "kind, shape, old, new",
     [
@@ -197,6 +261,8 @@ def test_errors():
         ops.softmax(x, mask=torch.zeros(8, requires_grad=True))
     with pytest.raises(ValueError, match="its rows are at most 262144 wide, got 262145"):
         ops.softmax(torch.empty(1, 262145), backend="triton")
+    with pytest.raises(ValueError, match=r"its rows are numbered in 32 bits: fewer than 2\^31 of them"):
+        ops.explain(ops.softmax, torch.empty(1).expand(2**31, 1), backend="triton")
 
 
 @pytest.mark.parametrize("kind", MASKS)
