@@ -157,11 +157,16 @@ def _run(rows, hidden, weight, bias, target, row_scale, class_weight, options, n
 def inverse(denominator, dtype):
     """1 / denominator (0-d) without a look at it, and 0 for 0: a batch without a live row has loss 0, not 0 / 0."""
     denominator = denominator.to(dtype)
-    return denominator.reciprocal().masked_fill_(denominator == 0, 0)
+    nothing = denominator == 0
+    return denominator.masked_fill(nothing, 1).reciprocal().masked_fill(nothing, 0)
 
 
-def row_scales(hidden, target, token_weight, denominator):
-    """What multiplies every row's gradient, [N] in fp32 or None for ones, and what is left to multiply the sum by, 0-d."""
+def row_scales(hidden, token_weight, denominator):
+    """What multiplies every row's gradient, [N] in fp32 or None for ones, and what is left to multiply the sum by, 0-d.
+
+    The products' results are rounded once if the denominator is in the former. Not so in fp16, where probabilities over the
+    number of rows would often be below the smallest number; that the sum stays below the largest is the caller's to see to.
+    """
     wide = compute_dtype(hidden.dtype)
     left = torch.empty((), dtype=wide, device=hidden.device).fill_(1.0)
     scale = None if token_weight is None else token_weight.reshape(-1).to(wide).contiguous()
@@ -169,13 +174,9 @@ def row_scales(hidden, target, token_weight, denominator):
         return scale, left
     share = inverse(denominator, wide)
     if hidden.dtype == torch.float16:
-        # Probabilities / live tokens would often be below fp16's smallest number, and their plain sum over many tokens above its
-        # largest: the sum is taken as if over 4096 tokens, which a weight's gradient of that many like tokens still fits.
-        few = (share * 4096).clamp_(max=1)
-        left = share / few.masked_fill(few == 0, 1)
-        share = few
+        return scale, share
     if scale is None:
-        return share.expand(target.numel()).contiguous(), left  # so that the products' results are rounded once
+        return share.expand(hidden.shape[:-1].numel()).contiguous(), left
     return scale * share, left
 
 
@@ -197,7 +198,7 @@ def forward(rows, hidden, weight, bias, target, token_weight, class_weight, deno
     """
     options = (ignore_index, label_smoothing, z_loss, scale, softcap)
     need = (need_dhidden, need_dweight, need_dbias) if reduction != "none" else (False, False, False)
-    row_scale, left = row_scales(hidden, target, token_weight, denominator)
+    row_scale, left = row_scales(hidden, token_weight, denominator)
     loss, gradients = _run(
         rows, hidden, weight, bias, target, row_scale, class_weight, options, narrow, logits_bytes, need
     )

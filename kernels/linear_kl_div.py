@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .chunked_loss import ROW_MULTIPLE, Gradients, chunk_rows, compute_dtype, inverse, kind_of, logits_of
+from .chunked_loss import ROW_MULTIPLE, Gradients, chunk_rows, compute_dtype, inverse, kind_of, logits_of, row_scales
 
 
 def _run(rows, student, teacher, mask, factor, options, need):
@@ -54,28 +54,18 @@ def forward(rows, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_
     row's gradient before the products sum over rows.
     """
     need = (need_dhidden, need_dweight, need_dbias) if reduction != "none" else (False, False, False)
-    wide = compute_dtype(hidden.dtype)
-    left = torch.empty((), dtype=wide, device=hidden.device).fill_(1.0)
     mask = None if mask is None else mask.reshape(-1)
-    factor = token_weight = None if token_weight is None else token_weight.reshape(-1).to(wide).contiguous()
-    if denominator is not None:
-        share = inverse(denominator, wide)
-        if hidden.dtype == torch.float16:
-            left = share  # a probability over the number of rows would often be below fp16's smallest number
-        elif factor is None:
-            factor = share.expand(hidden.shape[:-1].numel()).contiguous()
-        else:
-            factor = factor * share
+    factor, left = row_scales(hidden, token_weight, denominator)
     options = (beta, temperature, scale, softcap, teacher_scale, teacher_softcap, logits_bytes)
     student, teacher = (hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias)
     loss, gradients = _run(rows, student, teacher, mask, factor, options, need)
     if reduction == "none":
         return loss.view(hidden.shape[:-1]), *gradients, left
     if token_weight is not None:
-        loss = loss * token_weight
+        loss = loss * token_weight.reshape(-1).to(loss.dtype)
         loss = loss if mask is None else loss.masked_fill(~mask, 0)
     loss = loss.sum()
-    return loss if denominator is None else loss * share, *gradients, left
+    return loss if denominator is None else loss * inverse(denominator, loss.dtype), *gradients, left
 
 
 def backward(rows, scaled, dloss, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, token_weight,

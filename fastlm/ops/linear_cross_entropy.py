@@ -271,9 +271,14 @@ def linear_cross_entropy(
     checks.check_target_values("linear_cross_entropy", target, linear_weight.shape[0], ignore_index)
     if reduction == "mean":
         denominator = checks.mean_denominator(denominator, input, target, weight, ignore_index)
-    tensors = (*tensors, denominator)
     if backend in OP.plain_forms:
-        return OP.plain(backend, *tensors, *options, reduction)
+        return OP.plain(backend, *tensors, denominator, *options, reduction)
+    if input.dtype == torch.float16:
+        peak = None if weight is None else weight.abs().amax()
+        token_weight, denominator, reduction = checks.bounded(
+            input, target != ignore_index, token_weight, peak, denominator, reduction
+        )
+    tensors = (input, linear_weight, linear_bias, target, token_weight, weight, denominator)
     return _call(tensors, (*options, reduction, narrow, logits_bytes), backend)
 
 

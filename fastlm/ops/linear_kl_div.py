@@ -177,22 +177,25 @@ def linear_kl_div(
     after = token_weight if reduction == "none" else None  # there autograd can differentiate by it, as in kl_div
     if reduction != "none":
         checks.check_constant("linear_kl_div", "token_weight", token_weight, rows_shape)
-    if reduction == "mean" and not isinstance(denominator, Tensor):
-        live = max(rows_shape.numel(), 1) if denominator is None else denominator
-        if mask is not None and denominator is None:
-            denominator = mask.sum()
-        else:
-            denominator = student_hidden.new_full((), live, dtype=compute_dtype(student_hidden))
+    if reduction == "mean":
+        if denominator is None:
+            denominator = max(rows_shape.numel(), 1) if mask is None else mask.sum()
+        denominator = checks.mean_denominator(denominator, student_hidden, None, None, None)
     dtype = autocast_dtype(student_hidden)
     if dtype is not None and student_hidden.dtype != torch.float64:
         student_hidden, teacher_hidden = student_hidden.to(dtype), teacher_hidden.to(dtype)
     number = lambda x: None if x is None else float(x)  # noqa: E731
     teacher = (None if t is None else t.detach() for t in (teacher_hidden, teacher_weight, teacher_bias))
-    tensors = (student_hidden, student_weight, student_bias, *teacher, mask, None if after is not None else token_weight,
-               denominator if reduction == "mean" else None)  # fmt: skip
+    tensors = student_hidden, student_weight, student_bias, *teacher, mask
+    token_weight = None if after is not None else token_weight
+    backend = OP.choose(backend, *tensors, token_weight)
+    if backend not in OP.plain_forms:
+        token_weight, denominator, reduction = checks.bounded(
+            student_hidden, mask, token_weight, None, denominator, reduction
+        )
+    tensors = *tensors, token_weight, denominator
     options = (float(beta), float(temperature), float(student_scale), number(student_softcap), float(teacher_scale),
                number(teacher_softcap), reduction, logits_bytes)  # fmt: skip
-    backend = OP.choose(backend, *tensors[:-1])
     if backend in OP.plain_forms:
         loss = OP.plain(backend, *tensors, *options)
     else:

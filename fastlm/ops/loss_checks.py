@@ -76,3 +76,29 @@ def mean_denominator(denominator, input, target, weight, ignore_index):
     if weight is None:
         return live.sum()
     return weight.to(compute_dtype(input))[target.clamp(0, weight.shape[0] - 1)].where(live, 0).sum()
+
+
+def bounded(hidden, live, token_weight, peak, denominator, reduction):
+    """-> token_weight, denominator and reduction of the same loss, such that in fp16 its gradient's sum over rows stays in range.
+
+    In fp16 that sum is taken before anything but the token weights is multiplied in (see row_scales of chunked_loss). These
+    become such that no sum is over more than 4096 like rows, which a weight's gradient still fits, and the denominator makes up
+    for it. live: which rows count, or None for all; peak: the largest class weight, 0-d, or None. All rows of all ranks of a
+    DTensor are seen here and not within the op, so that ranks agree.
+    """
+    rows = hidden.shape[:-1]
+    n = rows.numel()
+    if hidden.dtype != torch.float16 or reduction == "none" or not n:
+        return token_weight, denominator, reduction
+    if n <= 4096 and token_weight is peak is None:
+        return token_weight, denominator, reduction
+    few = hidden.new_full((), 4096 / max(n, 4096), dtype=torch.float32)
+    if peak is not None:
+        few = few / peak.to(few.dtype).clamp(min=1)
+    if token_weight is not None:
+        token_weight = token_weight.to(few.dtype)
+        if live is not None:  # a row that does not count may have any weight
+            token_weight = token_weight.masked_fill(~live, 0)
+        few = few / token_weight.abs().amax().clamp(min=1)
+    weight = hidden.new_ones(rows, dtype=few.dtype) if token_weight is None else token_weight
+    return weight * few, few if denominator is None else denominator * few, "mean"

@@ -28,6 +28,13 @@ def _sum(t: Tensor, group) -> Tensor:
     return t
 
 
+def _largest(t: Tensor, group) -> Tensor:
+    """The largest of t >= 0 on all ranks, 0-d; a rank may have none."""
+    largest = torch.cat((t, t.new_zeros(1))).amax()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest
+
+
 def _finish(stats: Tensor, group) -> Tensor:
     """stats [5 or more, R] of this rank's classes (see loss_rows.statistics; further rows are sums) -> those of all classes."""
     mine, peak = stats[0], stats[0].clone()
@@ -117,7 +124,7 @@ class _CrossEntropy(torch.autograd.Function):
         chunks = chunked_loss.Chunks(hidden, weight, bias, options[-1])
         loss, factors, logits = _losses(part, chunks, class_weight, *options[:4])
         ctx.gradients, reduction = None, options[4]
-        row_scale, left = chunked_loss.row_scales(hidden, part.target, token_weight, denominator)
+        row_scale, left = chunked_loss.row_scales(hidden, token_weight, denominator)
         ctx.save_for_backward(hidden, weight, bias, token_weight, class_weight, factors, row_scale, left)
         if reduction != "none" and any(ctx.needs_input_grad[:3]):
             ctx.gradients = _gradients(
@@ -225,6 +232,11 @@ def linear_cross_entropy(input, weight, bias, target, token_weight, class_weight
             wide = class_weight.to(compute_dtype(input))
             denominator = _sum(part.weights_of_targets(wide, part.target).sum(), group)
         denominator = checks.mean_denominator(denominator, input, target, None, ignore_index)
+    if input.dtype == torch.float16:
+        peak = None if class_weight is None else _largest(class_weight.abs(), group)
+        token_weight, denominator, reduction = checks.bounded(
+            input, target != ignore_index, token_weight, peak, denominator, reduction
+        )
     scale_ = scale_in_place
     if backend == "triton":
         from fastlm.kernels.linear_cross_entropy import scale_

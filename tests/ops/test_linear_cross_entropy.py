@@ -332,7 +332,7 @@ def test_planted_bug_is_seen(file, old, new, device):
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("denominator.reciprocal()", "denominator.clone()"),
+        (".reciprocal()", ".clone()"),
         ("return share.expand", "return torch.ones_like(share).expand"),  # in the loss, not in its gradient
         ("dlogits.t(), h, start == 0", "dlogits.t(), h, True"),  # only the last chunk counts
         ("add_product(self.dw, dlogits.t(), h, start == 0)", "add_product(self.dw, dlogits.t(), h, False)"),

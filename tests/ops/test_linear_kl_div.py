@@ -268,12 +268,12 @@ def test_gradients_are_handed_over_once_and_then_made_anew(backend, device):
 @pytest.mark.parametrize(
     "file, old, new",
     [
-        ("linear_kl_div", "factor = factor * share", "factor = factor"),
-        ("linear_kl_div", "factor = share.expand(", "factor = (0 * share + 1).expand("),
+        ("linear_kl_div", "row_scales(hidden, token_weight, denominator)", "row_scales(hidden, token_weight, None)"),
+        ("chunked_loss", "return share.expand(", "return (0 * share + 1).expand("),
         ("linear_kl_div", "for z in (mask, factor))", "for z in (None, factor))"),
         ("linear_kl_div", "gradients.add(a, h[here], w, start)", "gradients.add(a, h[here], w, 0)"),
         ("linear_kl_div", "(scale, teacher_scale), (softcap", "(teacher_scale, scale), (softcap"),
-        ("linear_kl_div", "loss = loss * token_weight", "pass"),
+        ("linear_kl_div", "loss = loss * token_weight.reshape(-1).to(loss.dtype)", "pass"),
         ("kl_div", "options[0], options[2], X_SOFTCAP)", "options[0], options[2], False)"),
         ("kl_div", "_write_zeros(dx_ptr + dx_start, first, begin, full, end, BLOCK_V)", "pass"),
     ],
