@@ -45,13 +45,12 @@ def _product(x, weight, u, b, bias, scale):
         return lora_linear.library_product(x, weight, u, b, bias, scale)
     x, u = rows(x), rows(u)
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    options = settings(M, N, x.dtype, x.device, "none")
+    options = settings(M, N, K, x.dtype, x.device, "none")
     block_r = max(16, min(options["BLOCK_K"], triton.next_power_of_2(R)))
     # The matrices are read as their transposes [K, N] and [R, N].
     _lora_product_kernel[grid(M, N, options)](
         x, weight, u, b, dense(bias), y, x.stride(0), *weight.stride()[::-1], u.stride(0), *b.stride()[::-1], M, N, K, R, scale,
-        EVEN_K=K % options["BLOCK_K"] == 0, EVEN_R=R % block_r == 0, PRECISION=dot_precision(x.dtype), BLOCK_R=block_r,
-        **options,
+        EVEN_R=R % block_r == 0, PRECISION=dot_precision(x.dtype), BLOCK_R=block_r, **options,
     )  # fmt: skip
     return y
 

@@ -34,7 +34,7 @@ def weight_grad(dy, x, weight, scale=1.0):
 
 def _product(a, b, dtype, scale):
     """scale * a b, rounded once to dtype where the library can."""
-    if dtype == torch.float32 != a.dtype and a.device.type == "cuda":
+    if dtype == torch.float32 and a.dtype.itemsize == 2 and a.device.type == "cuda":  # out_dtype is for 16-bit inputs
         wide = torch.mm(a, b, out_dtype=dtype)
         return wide if scale == 1.0 else wide.mul_(scale)
     if scale == 1.0:
@@ -44,8 +44,8 @@ def _product(a, b, dtype, scale):
 
 
 def bias_grad(dy, bias):
-    """The column sums of dy [N, F], summed in fp32 (torch's order, the same in every run), in bias's dtype."""
-    return dy.sum(0).to(bias.dtype)
+    """The column sums of dy [N, F], summed in fp32 (torch's order, the same in every run), rounded once to bias's dtype."""
+    return dy.sum(0, dtype=torch.promote_types(dy.dtype, bias.dtype)).to(bias.dtype)
 
 
 def empty_grad(x, t, needed):

@@ -113,12 +113,12 @@ def _hidden(x, weights, biases, kind, gated, keep):
     h, pre = _empty(x, M, F), None
     if keep:
         pre = _empty(x, M, 2, F) if gated else _empty(x, M, F)
-    options = settings(M, F, x.dtype, x.device, "gated" if gated else "activation")
+    options = settings(M, F, D, x.dtype, x.device, "gated" if gated else "activation")
     # The matrices are read as their transposes [D, F].
     _mlp_hidden_kernel[grid(M, F, options)](
         x, first, second, dense(first_bias), dense(second_bias), pre, h,
         x.stride(0), *first.stride()[::-1], *(second if gated else first).stride()[::-1], M, F, D,
-        KIND=kind, EVEN_K=D % options["BLOCK_K"] == 0, PRECISION=dot_precision(x.dtype), **options,
+        KIND=kind, PRECISION=dot_precision(x.dtype), **options,
     )  # fmt: skip
     return pre, h
 
@@ -129,10 +129,10 @@ def _slopes(dy, down, pre, kind, gated, need_h):
         return mlp.PLAIN.slopes(dy, down, pre, kind, gated, need_h)
     dy = rows(dy)
     dpre, h = _empty(dy, *pre.shape), _empty(dy, M, F) if need_h else None
-    options = settings(M, F, dy.dtype, dy.device, "gated" if gated else "activation")
+    options = settings(M, F, K, dy.dtype, dy.device, "gated" if gated else "activation")
     _mlp_slopes_kernel[grid(M, F, options)](
         dy, down, pre, dpre, h, dy.stride(0), *down.stride(), M, F, K,
-        KIND=kind, GATED=gated, EVEN_K=K % options["BLOCK_K"] == 0, PRECISION=dot_precision(dy.dtype), **options,
+        KIND=kind, GATED=gated, PRECISION=dot_precision(dy.dtype), **options,
     )  # fmt: skip
     return dpre, h
 

@@ -16,8 +16,8 @@ from .attention_common import generation
 GROUP = 8  # rows of tiles that programs running together share
 
 # BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of 16-bit products, by generation and epilogue: "none" (a bias at most),
-# "activation", and "gated", which holds two tiles of everything. The largest tiles that do not spill with any activation, as
-# compiled ahead of time, within the shared memory; no GPU has timed them.
+# "activation", and "gated", which holds two tiles of everything. The largest tiles that do not spill in the rows compiled ahead
+# of time (benchmarks/ops/bench_mlp.py, bench_lora_linear.py), within the shared memory; no GPU has timed them.
 _SETTINGS = {
     (80, "none"): (128, 128, 32, 8, 4),
     (80, "activation"): (128, 128, 32, 8, 4),
@@ -29,22 +29,27 @@ _SETTINGS = {
     (100, "activation"): (128, 128, 64, 8, 4),
     (100, "gated"): (128, 64, 64, 8, 4),
 }
+# Where the inner width is not whole tiles (EVEN_K) or the columns are not multiples of 16 (WIDE): loads with masks, and addresses
+# of single elements, take registers of their own, and the tiles above would spill by up to 3.7 KB.
+_ODD = {80: (64, 64, 32, 8, 2), 90: (64, 64, 32, 8, 2), 100: (64, 64, 32, 8, 2)}
 _FEW = {80: (64, 64, 32, 4, 4), 90: (64, 64, 64, 4, 4), 100: (64, 64, 64, 4, 4)}  # at most 64 rows: more programs
 _FP32 = (64, 64, 16, 8, 4)  # products by plain arithmetic ("ieee") are bound by it
+_FP32_ODD = (64, 32, 16, 8, 2)
 
 
-def settings(M, N, dtype, device, epilogue):
-    """Constants and launch options of a product [M, N]: a dict for the kernel call."""
+def settings(M, N, K, dtype, device, epilogue):
+    """Constants and launch options of a product [M, K] [K, N]: a dict for the kernel call."""
     found = generation(device)
     if found == 0:  # the interpreter, where a tile costs the same whatever its size
         block = 16 if max(M, N) <= 32 else 32
         tile = (block, block, block, 4, 1)
-    elif dtype == torch.float32:
-        tile = _FP32
     else:
-        tile = _FEW[found] if M <= 64 else _SETTINGS[found, epilogue]
+        fp32 = dtype == torch.float32
+        tile = _FP32 if fp32 else _FEW[found] if M <= 64 else _SETTINGS[found, epilogue]
+        if K % tile[2] or N % 16:
+            tile = _FP32_ODD if fp32 else _ODD[found]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    return dict(zip(names, tile)) | {"GROUP": GROUP, "WIDE": N % 16 == 0}
+    return dict(zip(names, tile)) | {"GROUP": GROUP, "EVEN_K": K % tile[2] == 0, "WIDE": N % 16 == 0}
 
 
 def dense(vector):

@@ -68,4 +68,8 @@ AOT = [
     *_aot(8192, 4096, 14336, 64, bias=True),
     *_aot(64, 4096, 4096, 16),
     *_aot(8192, 1024, 1024, 16, dtype=torch.float32),
+    # Odd widths: masked loads, and addresses of single elements.
+    *_aot(8192, 100, 100, 3),
+    *_aot(8192, 4096, 100, 16),
+    *_aot(8192, 1, 64, 8, bias=True),
 ]

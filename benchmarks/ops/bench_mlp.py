@@ -138,4 +138,9 @@ AOT = [
     *_aot("silu", True, packed=True, keep=0),
     *_aot("silu", True, N=64),
     *_aot("silu", True, 1024, 2816, dtype=torch.float32),
+    # Odd widths: masked loads, and addresses of single elements.
+    *_aot("gelu_tanh", False, 100, 100, bias=True, transposed=True),
+    *_aot("gelu", True, 100, 2730, bias=True),
+    *_aot("silu", True, 64, 100, packed=True),
+    *_aot("relu2", False, 1, 1, bias=True),
 ]

@@ -15,6 +15,7 @@ from fastlm.errors import UserError
 from fastlm.models.config import TransformerConfig
 from fastlm.models.rope import rope_tables
 from fastlm.nn import KVCache, LayerNorm, RMSNorm, attend
+from fastlm.nn.mlp import fusable
 
 
 class Attention(nn.Module):
@@ -41,7 +42,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """act(up(x)), or gated act(gate(x)) * up(x) with one product for both, then down. gate_up rows are [gate, up]."""
+    """act(up(x)), or gated act(gate(x)) * up(x) with one product for both, then down. gate_up rows are [gate, up].
+
+    One op, unless a projection has hooks or is not exactly a Linear (nn.LoRALinear): then they are called one by one.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -54,13 +58,17 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        down = self.down
+        first, down = self.gate_up if self.gated else self.up, self.down
+        if not fusable(first, down):
+            pre = first(x)
+            return down(
+                ops.glu(*pre.chunk(2, -1), self.activation) if self.gated else ops.activation(pre, self.activation)
+            )
         if self.gated:
-            first = self.gate_up
             return ops.gated_mlp(
                 x, first.weight, None, down.weight, first.bias, None, down.bias, activation=self.activation
             )
-        return ops.mlp(x, self.up.weight, down.weight, self.up.bias, down.bias, activation=self.activation)
+        return ops.mlp(x, first.weight, down.weight, first.bias, down.bias, activation=self.activation)
 
 
 class Block(nn.Module):

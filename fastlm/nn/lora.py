@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.kernels.matmul import cast
+from fastlm.ops._op import autocast_dtype
 
 
 class LoRALinear(nn.Module):
@@ -44,7 +46,8 @@ class LoRALinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A fresh update, which is zero."""
+        """A fresh update, which is zero; what was merged is forgotten."""
+        self.unmerge()
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         nn.init.zeros_(self.b)
 
@@ -55,8 +58,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]."""
-        if self.merged_weight is not None and not torch.is_grad_enabled():
-            return nn.functional.linear(x, self.merged_weight, self.base.bias)
+        if self.merged_weight is not None and not torch.is_grad_enabled() and x.is_floating_point():
+            dtype = autocast_dtype(x)
+            dtype = x.dtype if dtype is None or x.dtype == torch.float64 else dtype  # as in the op
+            return nn.functional.linear(*cast(dtype, x, self.merged_weight, self.base.bias))
         return ops.lora_linear(x, self.base.weight, self.a, self.b, self.base.bias, scale=self.scale)
 
     @torch.no_grad()

@@ -6,13 +6,33 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.nn.replace_table import projection
 from fastlm.ops.activation import FORMS
+
+
+def fusable(*layers: nn.Module) -> bool:
+    """Whether every layer is no more than its weight and bias, so that an op may take these in its place: exactly a
+    torch.nn.Linear, without hooks, a forward of its own or a weight that multiplies in a way of its own."""
+    for layer in layers:
+        if type(layer) is not nn.Linear:
+            return False
+        common = not (  # the usual answer without a call: a few calls are a tenth of a small MLP
+            layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            or "forward" in layer.__dict__
+        ) and (type(layer._parameters.get("weight")) is nn.Parameter)
+        if not common and projection(layer):
+            return False
+    return True
 
 
 class MLP(nn.Module):
     """down(act(up(x))): x [..., d_model] -> y [..., d_out], computed by ops.mlp.
 
-    `up` and `down` are torch.nn.Linear layers of which only weight and bias are used: their forward, and hooks on it, do not run.
+    `up` and `down` are torch.nn.Linear layers. With something else in their place (nn.LoRALinear, a quantised layer) or hooks
+    on them they are called one after the other, with ops.activation between; `recompute` is then without effect.
 
     Args:
         d_model, d_hidden: widths of x and of the hidden layer. d_out: width of y; None means d_model.
@@ -40,8 +60,11 @@ class MLP(nn.Module):
         self.down = nn.Linear(d_hidden, d_out or d_model, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        up, down = self.up, self.down
+        if not fusable(up, down):
+            return down(ops.activation(up(x), self.activation))
         options = {"activation": self.activation, "recompute": self.recompute}
-        return ops.mlp(x, self.up.weight, self.down.weight, self.up.bias, self.down.bias, **options)
+        return ops.mlp(x, up.weight, down.weight, up.bias, down.bias, **options)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, recompute={self.recompute}"
@@ -50,8 +73,7 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)): x [..., d_model] -> y [..., d_out], computed by ops.gated_mlp (SwiGLU with "silu").
 
-    `gate`, `up` and `down` are torch.nn.Linear layers of which only weight and bias are used: their forward, and hooks on it,
-    do not run. The arguments are MLP's.
+    `gate`, `up` and `down` are torch.nn.Linear layers; what holds for others in their place, and the arguments, are MLP's.
     """
 
     def __init__(
@@ -75,6 +97,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate, self.up, self.down
+        if not fusable(gate, up, down):
+            return down(ops.glu(gate(x), up(x), self.activation))
         options = {"activation": self.activation, "recompute": self.recompute}
         return ops.gated_mlp(x, gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias, **options)
 

@@ -26,8 +26,9 @@ _SMALL = 1 << 16
 
 def _torch(x, weight, a, b, bias, scale):
     """Without a backward of its own: where none is needed, for small calls, and under torch.compile, which sees through it."""
-    if weight.dtype is not x.dtype or a.dtype is not x.dtype:
-        weight, a, b, bias = cast(x.dtype, weight, a, b, bias)
+    dtype = x.dtype
+    if not (weight.dtype is dtype is a.dtype and b.dtype is dtype and (bias is None or bias.dtype is dtype)):
+        weight, a, b, bias = cast(dtype, weight, a, b, bias)
     y = F.linear(x, weight, bias)
     if y.numel() <= _SMALL:
         return y.add(F.linear(F.linear(x, a), b), alpha=scale)

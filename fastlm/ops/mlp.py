@@ -53,11 +53,21 @@ def _all_of(dtype, first, second, down, first_bias, second_bias, down_bias):
     )
 
 
+def _around_autocast(x, parameters):
+    """The dtype for the parameters where autocast, which leaves fp64 as it is, would mix it with others; None elsewhere."""
+    if x.dtype == torch.float64:
+        return x.dtype
+    wide = any(t is not None and t.dtype == torch.float64 for t in parameters)
+    return torch.get_autocast_dtype("cpu") if wide else None
+
+
 def _torch(x, first, second, down, first_bias, second_bias, down_bias, kind, gated):
     """What a user of plain torch writes, on the CPU; autocast may be on."""
     parameters = (first, second, down, first_bias, second_bias, down_bias)
-    if not _all_of(x.dtype, *parameters) and not torch.is_autocast_enabled("cpu"):
-        first, second, down, first_bias, second_bias, down_bias = cast(x.dtype, *parameters)
+    if not _all_of(x.dtype, *parameters):
+        dtype = _around_autocast(x, parameters) if torch.is_autocast_enabled("cpu") else x.dtype
+        if dtype is not None:
+            first, second, down, first_bias, second_bias, down_bias = cast(dtype, *parameters)
     pre = F.linear(x, first, first_bias)
     in_place = pre.numel() > _LARGE and not torch.is_grad_enabled()
     act = (_IN_PLACE if in_place else FORMS)[kind]

@@ -315,8 +315,10 @@ def rotary(
     under torch.compile; likewise a cu_seqlens that does not rise from 0 to total is an error on the CPU only.
 
     Returns:
-        The rotated (q, k), new tensors of the shapes and dtypes of q and k; computed in fp32. The backward is the
-        rotation by minus the angle. Under autocast dtypes are kept. The kernel allocates nothing but the two.
+        The rotated (q, k), of the shapes and dtypes of q and k, in new memory; computed in fp32. For a few tokens, without
+        gradients and on the CPU, the two are views of one new tensor, its first and its last heads, not contiguous each (a
+        copy of k would cost such a call 3 to 5 %). The backward is the rotation by minus the angle. Under autocast dtypes
+        are kept. The kernel allocates nothing but the two.
 
     Raises:
         ValueError: shapes that do not fit, positions together with offset or cu_seqlens, positions outside the table, an

@@ -8,6 +8,7 @@ import torch
 
 from fastlm.errors import UserError
 from fastlm.models import PRESETS, Transformer, TransformerConfig, preset
+from fastlm.nn import LoRALinear
 from tests.models.families import tokens
 
 GPT2 = preset("gpt2-4x128", vocab_size=61, d_model=32, n_layers=2, max_positions=48)
@@ -128,6 +129,25 @@ def test_autocast(config):
         assert parameter.grad.dtype is torch.float32
         error = (parameter.grad - expected[name]).norm() / expected[name].norm()
         assert error < 0.1, f"{name}: {error}"
+
+
+@BOTH
+def test_what_is_put_around_an_mlps_projections_is_seen(config):
+    model, text, seen = make(config), tokens(2, 9), []
+    mlp = model.blocks[0].mlp
+    with torch.no_grad():
+        before = model(text)
+        first = mlp.gate_up if mlp.gated else mlp.up
+        first.register_forward_hook(lambda module, args, y: seen.append(y.shape[-1]))
+        torch.testing.assert_close(model(text), before, rtol=1e-4, atol=1e-5)
+        assert seen == [first.out_features]
+        mlp.down = LoRALinear(mlp.down, 2)
+        torch.nn.init.normal_(mlp.down.b)
+        after = model(text)
+        merged = mlp.down.to_linear()
+        mlp.down = merged
+        torch.testing.assert_close(after, model(text), rtol=1e-4, atol=1e-4)
+        assert (after - before).abs().max() > 0.01
 
 
 @BOTH

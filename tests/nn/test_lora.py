@@ -68,7 +68,32 @@ def test_loading_forgets_what_was_merged():
         assert torch.equal(layer(x), other(x))
 
 
+def test_a_fresh_update_forgets_what_was_merged():
+    layer, x = _layer(), torch.randn(4, 12)
+    layer.merge()
+    layer.reset_parameters()
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer.base(x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_merging_changes_no_dtype(dtype, x_dtype, autocast):
+    layer, x = _layer(dtype=dtype), torch.randn(4, 12, dtype=x_dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        before = layer(x)
+        layer.merge()
+        after = layer(x)
+        assert after.dtype == before.dtype
+        torch.testing.assert_close(after, before, rtol=0.03, atol=0.1)
+
+
 def test_errors():
+    layer = _layer()
+    layer.merge()
+    with torch.no_grad(), pytest.raises(TypeError, match="x must be floating point, got torch.int64"):
+        layer(torch.ones(4, 12, dtype=torch.int64))
     with pytest.raises(TypeError, match="LoRALinear: linear must be a torch.nn.Linear, got ReLU"):
         nn.LoRALinear(torch.nn.ReLU(), 2)
     with pytest.raises(ValueError, match="LoRALinear: rank must be at least 1, got 0"):

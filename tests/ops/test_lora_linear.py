@@ -196,3 +196,19 @@ def test_planted_bug_is_seen(bug, device):
     with planted_bug("lora_linear", old, new, file=file), wrong:
         check_accuracy(case, "triton", torch.float32, device)
         check_guards(case, "triton", device)  # an unwritten element may by chance hold what was right
+
+
+@pytest.mark.parametrize("small", [0, 1 << 16])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("other", [1, 2, 3, 4], ids=["weight", "a", "b", "bias"])
+def test_one_tensor_of_another_dtype(other, grad, small, monkeypatch):
+    monkeypatch.setattr(lora_module, "_SMALL", small)
+    args = [t.bfloat16() for t in _make(True)(torch.float32, "cpu")]
+    mixed = [t.float() if i == other else t for i, t in enumerate(args)]
+    with torch.set_grad_enabled(grad):
+        mixed = [t.requires_grad_(grad) for t in mixed]
+        y = ops.lora_linear(*mixed, backend="torch")
+        assert torch.equal(y, ops.lora_linear(*args, backend="torch"))
+    if grad:
+        y.sum().backward()
+        assert [t.grad.dtype for t in mixed] == [t.dtype for t in mixed]
