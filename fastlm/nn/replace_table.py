@@ -95,7 +95,8 @@ def _scaled_layer_norm(module, known, x):
 def _torch_rms_norm(module, known, x):
     if _mixed(x, module.weight):
         return original(module, x)
-    eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+    # None is the eps of the dtype computed in, which is fp32 for 16-bit inputs.
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if module.eps is None else module.eps
     return ops.rms_norm(x, module.weight, eps)
 
 
@@ -161,10 +162,14 @@ def _rows(layer):
 
 
 def _why_not_loss(module, known):
-    # The property loss_function warns of models without a loss_type, GPT-2 among them; this is what its setter sets.
-    given = module.__dict__.get("_loss_function")
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    from transformers.modeling_utils import PreTrainedModel
+
+    # Not asked, as it warns of models without a loss_type, GPT-2 among them; what its setter sets is _loss_function.
+    theirs = type(module).loss_function is PreTrainedModel.loss_function
     named = getattr(module, "loss_type", None) or "ForCausalLM"
-    if named != "ForCausalLM" or (given is not None and getattr(given, "__name__", "") != "ForCausalLMLoss"):
+    given = getattr(module, "_loss_function", LOSS_MAPPING.get(named))
+    if not theirs or given is not ForCausalLMLoss or ForCausalLMLoss.__module__ != "transformers.loss.loss_utils":
         return "its loss_function is not transformers' own for causal language models"
     reason = projection(module._modules.get("lm_head"))
     return reason and f"its lm_head {reason}"
@@ -276,6 +281,17 @@ LOSSES = {
 def defining_class(module: nn.Module) -> type:
     """The class that the module's forward is written in: a subclass without a forward of its own computes the same."""
     return next(c for c in type(module).__mro__ if "forward" in c.__dict__)
+
+
+def patched(kind: type) -> str | None:
+    """Who replaced the forward in a class of torch or transformers, as Liger and Unsloth do, or None if nobody has."""
+    function = kind.__dict__["forward"]
+    while function is not None:  # through decorators; functools.wraps copies __module__ and not the globals
+        name = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+        if name.split(".")[0] not in ("torch", "transformers"):
+            return name
+        function = getattr(function, "__wrapped__", None)
+    return None
 
 
 def known(module: nn.Module, table: dict[str, Known]) -> Known | None:

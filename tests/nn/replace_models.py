@@ -1,5 +1,7 @@
 """Tiny models of transformers for the tests of replace, and what a training step of theirs gives."""
 
+import io
+
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -99,3 +101,29 @@ def losses(model, **options):
         loss.detach()[None],
         {key.removeprefix("_orig_mod."): p.grad.clone() for key, p in model.named_parameters()},
     )
+
+
+def reloaded(model):
+    """The model through torch.save and torch.load."""
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+class LoRA(torch.nn.Module):
+    """As peft wraps a projection."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+        shape = layer.weight.shape if isinstance(layer, torch.nn.Linear) else layer.weight.shape[::-1]
+        self.a = torch.nn.Parameter(torch.randn(2, shape[1]) * 0.1)
+        self.b = torch.nn.Parameter(torch.randn(shape[0], 2) * 0.1)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.a.T @ self.b.T

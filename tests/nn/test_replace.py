@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import inspect
-import io
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from fastlm import ops
 from fastlm.nn import replace
 from fastlm.testing import assert_accurate
-from tests.nn.replace_models import CONFIGS, COUNTS, batch, close, exact, losses, make, same, step
+from tests.nn.replace_models import CONFIGS, COUNTS, LoRA, batch, close, exact, losses, make, reloaded, same, step
 
 
 @pytest.mark.parametrize(
@@ -110,8 +111,6 @@ def test_all_else_stays(name):
     assert calls == [1]
     again = replace(model, loss=True)
     assert not again.replaced and set(again.kept) == set(report.replaced)
-    again.undo()
-    assert model.config._attn_implementation == "fastlm"
     handle.remove()
 
 
@@ -128,7 +127,7 @@ def test_generate(name, padding):
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_gradient_checkpointing_and_compile(name):
+def test_gradient_checkpointing_compile_and_export(name):
     plain = make(name).train()
     ours = copy.deepcopy(plain)
     replace(ours, loss=True)
@@ -138,6 +137,9 @@ def test_gradient_checkpointing_and_compile(name):
     ours.gradient_checkpointing_disable()
     torch._dynamo.reset()
     close(losses(plain)[1], losses(torch.compile(ours, backend="aot_eager", fullgraph=True))[1])
+    tokens = batch()[0]["input_ids"]
+    exported = torch.export.export(ours.eval(), (tokens,), {"use_cache": False}).module()
+    torch.testing.assert_close(exported(tokens, use_cache=False).logits, plain.eval()(tokens).logits)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -146,10 +148,7 @@ def test_copies_and_files(name, tmp_path):
     ours = copy.deepcopy(plain)
     report = replace(ours, loss=True)
     want = step(ours)
-    stream = io.BytesIO()
-    torch.save(ours, stream)
-    stream.seek(0)
-    for other in (copy.deepcopy(ours), torch.load(stream, weights_only=False)):
+    for other in (copy.deepcopy(ours), reloaded(ours)):
         inside = {id(m) for m in other.modules()}
         assert all(id(m.forward.module) in inside for m in other.modules() if "forward" in m.__dict__)
         same(want, step(other))
@@ -169,22 +168,57 @@ def test_copies_and_files(name, tmp_path):
     same(step(plain), step(ours))
 
 
-class LoRA(torch.nn.Module):
-    """As peft wraps a projection."""
+@pytest.mark.parametrize("what", [{"loss": True}, {"norms": False, "mlps": False}], ids=["all", "attention"])
+@pytest.mark.parametrize("again", [lambda model: model, copy.deepcopy, reloaded], ids=["model", "copy", "file"])
+def test_a_later_report_undoes_what_an_earlier_one_did(again, what, recwarn):
+    model = make("llama")
+    before, attributes = step(model), [sorted(m.__dict__) for m in model.modules()]
+    first = replace(model, **what)
+    other = again(model)
+    report = replace(other, attention=False, **({} if what.get("loss") else what))
+    assert not report.replaced
+    assert set(report.kept) == {name for name in first.replaced if what.get("loss") and "attn" not in name}
+    report.undo()
+    assert [sorted(m.__dict__) for m in other.modules()] == attributes
+    assert other.config._attn_implementation == "sdpa"
+    same(before, step(other))
+    assert other is model or model.config._attn_implementation == "fastlm"  # a copy's report is not the model's
+    first.undo()
+    same(before, step(model))
+    assert not [w for w in recwarn if "replace:" in str(w.message)]
 
-    def __init__(self, layer):
-        super().__init__()
-        self.base_layer = layer
-        shape = layer.weight.shape if isinstance(layer, torch.nn.Linear) else layer.weight.shape[::-1]
-        self.a = torch.nn.Parameter(torch.randn(2, shape[1]) * 0.1)
-        self.b = torch.nn.Parameter(torch.randn(shape[0], 2) * 0.1)
 
-    @property
-    def weight(self):
-        return self.base_layer.weight
+def test_attention_set_by_the_user_is_undone_to_what_it_was():
+    model = make("llama")
+    reports = [replace(model)]
+    model.set_attn_implementation("eager")
+    reports.append(replace(model))
+    reports[1].undo()
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("fastlm")
+    assert set(replace(model, norms=False, mlps=False).kept.values()) == {"LlamaAttention: replaced already"}
+    replace(model).undo()
+    assert model.config._attn_implementation == "fastlm"
 
-    def forward(self, x):
-        return self.base_layer(x) + x @ self.a.T @ self.b.T
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_weights_go_with_the_model(name, keep):
+    """At `del model`, as without replace: the next model may need the memory before a run of the garbage collector."""
+    model = make(name)
+    report = replace(model, loss=True)
+    step(model)
+    report = report if keep else None
+    weights = [weakref.ref(p) for p in model.parameters()]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert not any(weight() is not None for weight in weights)
+    finally:
+        gc.enable()
+    if keep:
+        report.undo()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -2,16 +2,18 @@
 
 import copy
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
+import types
 
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from fastlm import nn
+from fastlm import nn, ops
 from fastlm.nn import replace, replace_table
 from fastlm.testing import assert_accurate
 from tests.nn.replace_models import COUNTS, SIZES, S, V, batch, close, exact, losses, make, step
@@ -110,6 +112,19 @@ def test_softcap_of_the_logits_and_models_whose_loss_is_not_known():
     assert report.kept == {"(the model)": "GraniteForCausalLM: its loss is not known to be that of plain logits"}
 
 
+def test_a_forward_without_its_module_says_so():
+    norm = torch.nn.LayerNorm(8)
+    replace(norm)
+    twin = copy.copy(norm)  # shares the forward
+    del norm
+    with pytest.raises(ReferenceError, match="replace: the module of this forward is gone"):
+        twin(torch.zeros(8))
+    report = replace(twin)
+    assert not twin(torch.zeros(8)).any()
+    report.undo()
+    assert "forward" not in twin.__dict__
+
+
 class Plain(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -136,11 +151,12 @@ def test_norms_of_torch(dtype):
         "f": "GroupNorm: not a class that is known (torch.nn.modules.normalization.GroupNorm)",
         "g": "MultiheadAttention: build the model with fastlm.nn.MultiheadAttention",
     }
-    x = (torch.randn(2, 3, 16) * 1e-2).to(dtype)  # small: eps counts, and RMSNorm's default depends on the dtype
+    x = (torch.randn(2, 3, 16) * 1e-2).to(dtype)  # small: eps counts
     for name in "abe":
         exact = plain.get_submodule(name).double()(x.double())
         if name != "a":
-            exact = torch.nn.functional.rms_norm(x.double(), (16,), getattr(plain, name).weight, torch.finfo(dtype).eps)
+            eps = torch.finfo(torch.float32).eps  # also for 16-bit inputs: it is that of the dtype computed in
+            exact = torch.nn.functional.rms_norm(x.double(), (16,), getattr(plain, name).weight, eps)
         theirs = plain.get_submodule(name).to(dtype)(x)
         assert_accurate(model.get_submodule(name)(x), exact, theirs, name)
 
@@ -151,19 +167,26 @@ def test_a_forward_that_changed_since_is_noticed(monkeypatch):
     def doubled(self, x):
         return 2 * self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
-    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm.forward", doubled)
+    target = "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward"
+    monkeypatch.setattr(target, doubled)
+    report = replace(make("llama"), mlps=False, attention=False)
+    assert not report.replaced
+    assert set(report.kept.values()) == {f"LlamaRMSNorm: the forward of its class was replaced by {__name__}"}
+    monkeypatch.setattr(target, _theirs(doubled))
     report = replace(make("llama"), mlps=False, attention=False)
     assert not report.replaced
     assert set(report.kept.values()) == {"LlamaRMSNorm: ops.rms_norm gives other values than this version of the class"}
     monkeypatch.undo()
     wrong = {
         "LlamaRMSNorm": (replace_table.NORMS, {"options": {"weight_offset": 1.0}}),
+        "Qwen3RMSNorm": (replace_table.NORMS, {"forward": lambda m, known, x: ops.rms_norm(x, m.weight, 1e-5)}),
         "LlamaMLP": (replace_table.MLPS, {"names": ("act_fn", "up_proj", "gate_proj", "down_proj")}),
         "GPT2MLP": (replace_table.MLPS, {"forward": lambda module, known, x: module.c_proj(module.c_fc(x))}),
     }
     for name, (table, change) in wrong.items():  # planted bugs
         monkeypatch.setitem(table, name, dataclasses.replace(table[name], **change))
-        report = replace(make("gpt2" if name == "GPT2MLP" else "llama"), attention=False)
+        model = {"GPT2MLP": "gpt2", "Qwen3RMSNorm": "qwen3"}.get(name, "llama")
+        report = replace(make(model), attention=False)
         assert {text.split(":")[0] for text in report.kept.values()} == {name}
         monkeypatch.undo()
     model = make("llama")
@@ -171,6 +194,96 @@ def test_a_forward_that_changed_since_is_noticed(monkeypatch):
     assert replace(model, mlps=False, attention=False).kept["model.norm"].endswith("replaced by others already")
     meta = make("gpt2").to("meta")
     assert len(replace(meta).replaced) == COUNTS["gpt2"]
+
+
+def _theirs(function):
+    """The function as if transformers had it, as far as replace can see."""
+    scope = {"__name__": "transformers.models.changed", "torch": torch}
+    return types.FunctionType(function.__code__, scope, function.__name__, None, function.__closure__)
+
+
+def _mlp(name, **sizes):
+    """One MLP of transformers, its weights large enough to matter."""
+    folder, kind = name.split(".")
+    source = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    sizes = {"hidden_size": 32, "intermediate_size": 150, **sizes}
+    config = getattr(transformers, kind.removesuffix("MLP") + "Config")(**sizes)
+    kind = getattr(source, kind)
+    torch.manual_seed(3)
+    mlp = kind(*((150, config) if folder == "gpt2" else (config,)))
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return mlp.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama.LlamaMLP", "phi3.Phi3MLP", "phi.PhiMLP", "gpt2.GPT2MLP", "nemotron.NemotronMLP"]
+)
+def test_a_small_change_is_noticed_in_16_bits(name, monkeypatch):
+    """A factor of 1.02 is below the rounding of a whole MLP in bf16."""
+    sizes = {"mlp_bias": True} if name.startswith("llama") else {}
+    sizes = {"n_embd": 32} if name.startswith("gpt2") else sizes
+    mlp = _mlp(name, **sizes)
+    report = replace(mlp)
+    assert report.replaced and not report.kept, str(report)
+    report.undo()
+    assert all(p.dtype is torch.bfloat16 for p in mlp.parameters())
+    own = type(mlp).forward
+    monkeypatch.setattr(type(mlp), "forward", _theirs(lambda self, x: own(self, x) * 1.02))
+    (reason,) = replace(mlp).kept.values()
+    assert reason.endswith("gives other values than this version of the class")
+
+
+def test_eps_of_16_bit_inputs_is_probed(monkeypatch):
+    def of_the_dtype(module, known, x):
+        return ops.rms_norm(x, module.weight, torch.finfo(x.dtype).eps if module.eps is None else module.eps)
+
+    entry = dataclasses.replace(replace_table.TORCH["RMSNorm"], forward=of_the_dtype)
+    monkeypatch.setitem(replace_table.TORCH, "RMSNorm", entry)
+    model = torch.nn.Sequential(torch.nn.RMSNorm(16, eps=1e-6), torch.nn.RMSNorm(16)).bfloat16()
+    report = replace(model)
+    assert list(report.replaced) == ["0"]
+    assert report.kept == {"1": "RMSNorm: ops.rms_norm gives other values than this version of the class"}
+
+
+@pytest.mark.parametrize("how", ["property", "class", "mapping"])
+def test_a_loss_function_of_the_users_is_kept(how, monkeypatch):
+    def five(logits, labels, **_):
+        return logits.float().mean() * 0 + 5
+
+    kind = transformers.LlamaForCausalLM
+    if how == "property":
+        kind = type("Mine", (kind,), {"loss_function": property(lambda self: five)})
+    elif how == "class":
+        kind = type("Mine", (kind,), {"_loss_function": staticmethod(five)})
+    else:
+        monkeypatch.setitem(transformers.loss.loss_utils.LOSS_MAPPING, "ForCausalLM", five)
+    model, tokens = make("llama").train(), batch()[0]["input_ids"]
+    model.__class__ = kind
+    assert replace(model, loss=True).kept == {
+        "(the model)": f"{kind.__name__}: its loss_function is not transformers' own for causal language models"
+    }
+    assert model(tokens, labels=tokens).loss == 5
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_class_patched_by_others_is_kept(name, wraps, monkeypatch):
+    """As Liger and Unsloth do it, with or without functools.wraps, which makes the patch look like the class's own."""
+    model, tokens = make(name).train(), batch()[0]["input_ids"]
+    own = type(model).forward
+
+    def more(self, *args, **kwargs):
+        out = own(self, *args, **kwargs)
+        out.loss = out.loss + 7
+        return out
+
+    monkeypatch.setattr(type(model), "forward", functools.wraps(own)(more) if wraps else more)
+    want = model(tokens, labels=tokens).loss
+    kept = replace(model, loss=True).kept
+    assert kept == {"(the model)": f"{type(model).__name__}: the forward of its class was replaced by {__name__}"}
+    torch.testing.assert_close(model(tokens, labels=tokens).loss, want)
+    assert want > 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
