@@ -117,8 +117,13 @@ class _Softmax16(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph
             return _backward_reference(dy, y, ctx.scale, None), None, None
-        dx = torch.ops.aten._softmax_backward_data.default(dy, y, -1, y.dtype)  # in fp32 inside
-        return dx if ctx.scale == 1 else dx.mul_(ctx.scale), None, None
+        dx = torch.empty(y.shape, dtype=y.dtype)
+        for d, p, out in _blocks(dy, y, dx):
+            p = p.float()
+            product = d.float().mul_(p)
+            product.addcmul_(p, product.sum(-1, keepdim=True), value=-1)
+            out.copy_(product if ctx.scale == 1 else product.mul_(ctx.scale))
+        return dx, None, None
 
 
 def _supports(backend, x, mask):
