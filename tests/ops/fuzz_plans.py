@@ -152,13 +152,25 @@ def targets_of(draw, shape, classes):
 def softmax(draw):
     shape = shape_of(draw, draw(st.sampled_from(WIDTHS)))
     dim = draw(st.integers(-len(shape), len(shape) - 1))
-    scale = draw(st.sampled_from((1.0, 0.3)))
-    return Plan(
-        {"x": shape},
-        lambda backend, x: ops.softmax(x, dim, scale=scale, backend=backend),
-        lambda x: torch.softmax(x * scale, dim),
-        {"dim": dim, "scale": scale},
-    )
+    scale, kind = draw(st.sampled_from((1.0, 0.3))), draw(st.sampled_from((None, "boolean", 0.0, -8192.0, -torch.inf)))
+    sizes = [draw(st.sampled_from((n, 1))) for n in shape]  # of the mask: any that broadcast; what it hides is `kind`
+    shapes = {"x": shape} | ({} if kind is None else {"mask": tuple(sizes[draw(st.integers(0, len(shape))) :])})
+
+    def mask_of(t):
+        return None if t is None else t > -0.5 if kind == "boolean" else t.detach().masked_fill(t > 0.5, kind)
+
+    def plain(x, mask=None):
+        s, m = x.to(torch.promote_types(x.dtype, torch.float32)) * scale, mask_of(mask)
+        if m is not None:
+            s = s.masked_fill(~m, -torch.inf) if kind == "boolean" else s + m.to(s.dtype)
+        dead = (s == -torch.inf).all(dim, keepdim=True)
+        y = torch.softmax(s.masked_fill(dead, 0), dim).masked_fill(dead, 0).to(x.dtype)
+        w, s = y.detach().to(s.dtype), s.masked_fill(s == -torch.inf, 0)
+        slope = w * (s - (w * s).sum(dim, keepdim=True))  # softmax's own, at the 16-bit y that torch's backward reads
+        return y if x.element_size() > 2 else (w + slope - slope.detach()).to(x.dtype)
+
+    call = lambda backend, x, mask=None: ops.softmax(x, dim, scale=scale, mask=mask_of(mask), backend=backend)  # noqa: E731
+    return Plan(shapes, call, plain, {"dim": dim, "scale": scale, "mask": kind})
 
 
 def mlp(draw):
