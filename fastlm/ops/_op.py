@@ -326,6 +326,11 @@ def _kernel_reason(backend: str, dtypes: tuple, tensors: Sequence[Any]) -> str |
     return None
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether the tensor stands for a batch of them, as cotangents do under autograd.grad(is_grads_batched=True)."""
+    return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def missing_backends() -> dict[str, str]:
     """Backends that cannot run on this machine at all, with the reason (for `fastlm doctor`)."""
     missing = {}

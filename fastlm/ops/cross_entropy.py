@@ -22,7 +22,7 @@ def _scaled(input, scale, softcap):
 
 def _reference(input, target, weight, ignore_index, label_smoothing, z_loss, scale, softcap):
     live, V = target != ignore_index, input.shape[-1]
-    x = _scaled(input, scale, softcap).masked_fill(~live.unsqueeze(-1), 0)
+    x = _scaled(input.masked_fill(~live.unsqueeze(-1), 0), scale, softcap)
     lse = x.logsumexp(-1)
     index = target.clamp(0, V - 1)
     w = None if weight is None else weight.to(x.dtype)
@@ -36,12 +36,27 @@ def _reference(input, target, weight, ignore_index, label_smoothing, z_loss, sca
     return loss.where((target >= 0) & (target < V), torch.nan).where(live, 0)
 
 
+def without_bad_rows(input, target, ignore_index):
+    """input, unless an ignored row holds NaN or inf, of which torch would make a NaN gradient: then 0 in ignored rows. Only
+    these are read. CPU, eagerly."""
+    ignored = target == ignore_index
+    if not ignored.any() or input.detach()[ignored].sum().isfinite():
+        return input
+    return input.masked_fill(ignored.unsqueeze(-1), 0)
+
+
 def _torch(input, target, weight, ignore_index, label_smoothing, z_loss, scale, softcap, reduction="none"):
     plain = scale == 1 and softcap is None and input.dtype in (torch.float32, torch.float64)
-    x = input if plain else _scaled(input, scale, softcap)
-    flat = target
-    if x.ndim != 2:
-        x, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    flat, wrong, clean = target.reshape(-1), None, input
+    if input.device.type != "cpu" or torch.compiler.is_compiling():
+        # Nothing is known of the values: torch would stop the device at a target out of range.
+        wrong = (flat != ignore_index) & ((flat < 0) | (flat >= input.shape[-1]))
+        flat = flat.masked_fill(wrong, ignore_index)
+        clean = input.masked_fill((target == ignore_index).unsqueeze(-1), 0)
+    elif input.requires_grad:
+        clean = without_bad_rows(input, target, ignore_index)
+    x = clean if plain else _scaled(clean, scale, softcap)
+    x = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if weight is not None and weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
@@ -50,7 +65,9 @@ def _torch(input, target, weight, ignore_index, label_smoothing, z_loss, scale, 
     loss = F.cross_entropy(x, flat, weight, reduction="none", **options)
     if z_loss:
         loss = loss + z_loss * x.logsumexp(-1).square().masked_fill(flat == ignore_index, 0)
-    return loss if x is input else loss.view(target.shape)
+    if wrong is not None:
+        loss = loss.masked_fill(wrong, torch.nan)
+    return loss if target.ndim == 1 else loss.view(target.shape)
 
 
 OP = Op(
@@ -127,7 +144,7 @@ def cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     scale: float = 1.0,
@@ -146,7 +163,8 @@ def cross_entropy(
         input: [..., V], fp16, bf16 or fp32 (fp64 too on reference and torch), any strides. It is never overwritten.
         target: [...], int64, the class of each row, already shifted.
         weight: [V] float class weights, a constant, or None for ones.
-        ignore_index: rows with this target add nothing to loss, gradients or what the mean divides by.
+        ignore_index: rows with this target add nothing to loss, gradients or what the mean divides by, and may hold
+            anything, NaN too. None means -100.
         reduction: "mean", "sum", or "none".
         label_smoothing: share of the target mass spread over all classes, in [0, 1] (arXiv:1512.00567).
         scale: factor of the logits, a number.
@@ -154,7 +172,7 @@ def cross_entropy(
         z_loss: coefficient of lse^2, which keeps the logits from drifting (PaLM, arXiv:2204.02311).
         token_weight: [...] float, multiplies each row's loss; differentiable. It does not change what a mean divides by.
         denominator: what the mean divides by instead of the sum of the class weights of the rows that count (without class
-            weights: their number); a number or a 0-d tensor. 0 gives 0.
+            weights: their number); a number or a 0-d tensor, a constant. 0 gives 0.
         backend: "auto", "reference", "torch" or "triton".
 
     Returns:
@@ -170,6 +188,7 @@ def cross_entropy(
 
     Backends: triton (compute capability >= 8.0), torch (F.cross_entropy itself; the CPU default), reference.
     """
+    ignore_index = -100 if ignore_index is None else ignore_index
     _check(input, target, weight, reduction, label_smoothing, scale, softcap, z_loss, token_weight, denominator)
     backend = OP.choose(backend, input, target, weight)
     number = None if softcap is None else float(softcap)
@@ -217,9 +236,9 @@ def _check(input, target, weight, reduction, label_smoothing, scale, softcap, z_
     if denominator is not None:
         if reduction != "mean":
             raise ValueError(f"{name}: denominator is what a 'mean' divides by; reduction is {reduction!r}")
-        if (isinstance(denominator, Tensor) and denominator.ndim) or (
-            not isinstance(denominator, Tensor) and not denominator >= 0
-        ):
+        if isinstance(denominator, Tensor):
+            checks.check_denominator(name, denominator)
+        elif not denominator >= 0:
             raise ValueError(f"{name}: denominator must be a number >= 0 or a 0-d tensor, got {denominator}")
 
 

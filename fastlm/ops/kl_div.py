@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastlm.kernels.chunked_loss import inverse
 from fastlm.ops._op import Op, _without_autocast, compute_dtype, grad_of
+from fastlm.ops.loss_checks import check_denominator, ordinary
+from fastlm.ops.loss_gradients import save, saved
 
 _SCRATCH_BYTES = 1 << 19
 # Elements up to which the CPU takes torch's own calls for the two ends of beta: their tensors then stay in the cache.
@@ -102,14 +104,17 @@ def torch_rows(
     buffers = loss.new_empty((4, step, vocabulary))
     formula = _mixture_block if 0 < beta < 1 else _divergence_block
     by_row = inverse_t if factor is None else (factor * inverse_t).unsqueeze(-1)
+    ways = (
+        (False, True) if loss.device.type == "cpu" else (True,)
+    )  # elsewhere a look at the result would be a wait for it
     for start in range(0, n, step):
         here = slice(start, min(start + step, n))
         block = buffers[:, : here.stop - start].unbind()
-        for careful in (False, True):
+        for careful in ways:
             slope = _load(student[here], block[0], inverse_t, scales[0], softcaps[0])
             _load(teacher[here], block[1], inverse_t, scales[1], softcaps[1])
             part, dpart = formula(*block, beta, careful)
-            if not math.isnan(part.sum()):
+            if careful or not math.isnan(part.sum()):
                 break
         loss[here] = part
         if gradient is None:
@@ -135,13 +140,13 @@ class _Rows(torch.autograd.Function):
         loss = torch.empty(x.shape[0], dtype=compute_dtype(student), device=x.device)
         gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device) if ctx.needs_input_grad[0] else None
         torch_rows(x, y, None if mask is None else mask.reshape(-1), None, loss, gradient, beta, temperature)
-        ctx.save_for_backward(student, teacher, mask, gradient)
+        save(ctx, student, teacher, mask, gradient)
         ctx.options = beta, temperature
         return loss.view(student.shape[:-1])
 
     @staticmethod
     def backward(ctx, dloss):
-        student, teacher, mask, gradient = ctx.saved_tensors
+        student, teacher, mask, gradient = saved(ctx)
         if torch.is_grad_enabled():
             fn = lambda s: _reference(s, teacher, mask, *ctx.options)  # noqa: E731
             return *grad_of(fn, (student,), (dloss,)), None, None, None, None
@@ -200,14 +205,14 @@ class _KLDiv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, mask, *options):
         loss, statistics = OP.below(student, teacher, mask, *options)
-        ctx.save_for_backward(student, teacher, mask, statistics)
+        save(ctx, student, teacher, mask, statistics)
         ctx.options = options
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
 
     @staticmethod
     def backward(ctx, dloss, _):
-        return OP.backward(dloss, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+        return OP.backward(dloss, *saved(ctx), *ctx.options), None, None, None, None, None
 
 
 @OP.backward_reference
@@ -257,8 +262,7 @@ def check_options(name, rows_shape, beta, temperature, mask, token_weight, reduc
     if reduction != "mean":
         raise ValueError(f"{name}: denominator is what a 'mean' divides by; reduction is {reduction!r}")
     if isinstance(denominator, Tensor):
-        if denominator.ndim:
-            raise ValueError(f"{name}: denominator must be a number or a 0-d tensor, got {list(denominator.shape)}")
+        check_denominator(name, denominator)
     elif not denominator > 0:
         raise ValueError(f"{name}: denominator must be > 0, got {denominator}")
 
@@ -327,8 +331,8 @@ def kl_div(
             nothing to loss, gradients or count, and may hold anything, NaN too.
         token_weight: [...] float, multiplies each row's loss; differentiable. It does not change what a mean divides by.
         reduction: "mean", "sum", or "none".
-        denominator: what the mean divides by instead of the number of rows that count: a number > 0, or a 0-d tensor on the
-            logits' device (say the count over all processes), for which 0 gives 0.
+        denominator: what the mean divides by instead of the number of rows that count, a constant: a number > 0, or a 0-d tensor
+            (say the count over all processes), for which 0 gives 0.
         backend: "auto", "reference", "torch" or "triton".
 
     Returns:
@@ -350,6 +354,7 @@ def kl_div(
     check_options("kl_div", student_logits.shape[:-1], beta, temperature, mask, token_weight, reduction, denominator)
     if teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
+    mask = ordinary(mask)
     args = student_logits, teacher_logits, mask, float(beta), float(temperature)
     backend = OP.choose(backend, *args[:3])
     if (

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastlm.kernels import chunked_loss
 from fastlm.ops import loss_checks as checks
 from fastlm.ops._op import Op, autocast_dtype, compute_dtype, host_values
+from fastlm.ops.cross_entropy import without_bad_rows
 from fastlm.ops.loss_gradients import NEED, empty_gradients, scaled, wire
 from fastlm.ops.loss_rows import cross_entropy_rows
 
@@ -23,9 +24,11 @@ def _reference(hidden, weight, bias, target, token_weight, class_weight, denomin
                scale, softcap, reduction, *_):  # fmt: skip
     dtype = compute_dtype(hidden)
     logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)) * scale
+    live = target != ignore_index
+    logits = logits.masked_fill(~live.unsqueeze(-1), 0)  # they may have overflowed
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    lse, live = logits.logsumexp(-1), target != ignore_index
+    lse = logits.logsumexp(-1)
     index = target.clamp(0, weight.shape[0] - 1)
     loss = lse - logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     w = None if class_weight is None else class_weight.to(dtype)
@@ -47,6 +50,8 @@ def _small(hidden, weight, bias, target, token_weight, class_weight, denominator
            reduction):  # fmt: skip
     """torch's own two calls, which hold all logits, with our meaning of dtypes and of a batch without a live row."""
     logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    if hidden.dtype == torch.float16 and logits.requires_grad:
+        logits = without_bad_rows(logits, target, ignore_index)
     logits = logits.to(compute_dtype(hidden))
     logits, flat = (logits, target) if target.ndim == 1 else (logits.reshape(-1, weight.shape[0]), target.reshape(-1))
     if scale != 1:
@@ -186,14 +191,16 @@ def linear_cross_entropy(
 
     Args:
         input: [..., D], fp16, bf16 or fp32 (fp64 too on reference and torch), any strides.
-        linear_weight: [V, D], any float dtype; products are in input's dtype, to which it is cast once per call.
+        linear_weight: [V, D], any float dtype (triton: none of fp64 among input, linear_weight and linear_bias); products are in
+            input's dtype, to which it is cast once per call.
         target: [...], int64, the class of each row, already shifted.
         linear_bias: [V] or None, cast like linear_weight.
         weight: [V], class weights w (None: ones), a constant.
         reduction: "mean", "sum" or "none". The mean divides by `denominator`, else, as torch does, by the sum of class weights
             of live targets: their number without class weights. Token weights do not enter it. Dividing by 0 gives 0 with
             zero gradients (torch: NaN).
-        ignore_index: rows with this target add nothing to loss, gradients or denominator. None means -100.
+        ignore_index: rows with this target add nothing to loss, gradients or denominator. None means -100. Their input must be
+            finite all the same: the product with it makes linear_weight's gradient NaN otherwise (their logits may overflow).
         label_smoothing: e, share of the target mass spread evenly over all classes, in [0, 1].
         scale: factor of the logits, e.g. 1 / temperature.
         softcap: bound of the logits (Gemma 2, arXiv:2408.00118), or None.
@@ -223,8 +230,10 @@ def linear_cross_entropy(
     the CPU up to two million logits are left to torch's own calls, which hold them all.
 
     Over a group every rank gets the whole loss, input's whole gradient and those of its own rows, by two all-reduces of row
-    statistics and one of input's gradient; all ranks must call alike. Logits beyond logits_bytes are made a second time (four
-    products). Reference: gather the weights. Not for torch.compile, DTensor or derivatives of second order.
+    statistics and one of input's gradient; all ranks must call alike: each with at least a class (0 rows of linear_weight
+    raise, and the other ranks wait), and input requiring grad on all or on none (else some wait for its sum). Logits beyond
+    logits_bytes are made a second time (four products). Reference: gather the weights. Not for torch.compile, DTensor or
+    derivatives of second order.
 
     Raises:
         ValueError: shapes that do not fit, a target out of range (CPU), an unknown reduction or a number out of range, a
@@ -294,11 +303,7 @@ def _check(input, linear_weight, target, linear_bias, weight, token_weight, deno
         if reduction != "mean":
             raise ValueError(f"{name}: denominator is what reduction='mean' divides by, got reduction={reduction!r}")
         if isinstance(denominator, Tensor):
-            if denominator.ndim != 0 or denominator.requires_grad:
-                raise ValueError(
-                    f"{name}: denominator must be a number or a 0-d tensor that requires no grad, got shape "
-                    f"{list(denominator.shape)}, requires_grad={denominator.requires_grad}; detach() or sum() it"
-                )
+            checks.check_denominator(name, denominator)
         elif not denominator >= 0:
             raise ValueError(f"{name}: denominator must be >= 0, got {denominator}")
     if not 0 <= label_smoothing <= 1:

@@ -141,12 +141,13 @@ def linear_kl_div(
         teacher_hidden: [..., D_t], the same rows; the width and the dtype may differ. Everything of the teacher is a constant.
         teacher_weight: [V, D_t], the same classes: cut both to those they share.
         student_bias, teacher_bias: [V] or None, cast like the weights.
-        beta, temperature, mask, reduction: as in kl_div (mask [...] bool: True where a row counts).
+        beta, temperature, mask, reduction: as in kl_div (mask [...] bool: True where a row counts). student_hidden of the others
+            must be finite: NaN or inf there makes student_weight's gradient NaN. The teacher's may hold anything.
         student_scale, teacher_scale: factor of the logits (Cohere, Granite).
         student_softcap, teacher_softcap: bound of the logits (Gemma 2), or None.
         token_weight: [...] float, multiplies each row's loss; for "mean" and "sum" a constant, folded in before rows are summed.
-        denominator: what the mean divides by instead of the number of rows that count; a number > 0 or a 0-d tensor, for which 0
-            gives 0.
+        denominator: what the mean divides by instead of the number of rows that count, a constant; a number > 0 or a 0-d tensor,
+            for which 0 gives 0.
         logits_bytes: bytes of logits held at a time, both models' together; None is 512 MiB on a GPU and 64 MiB on the CPU.
         backend: "auto", "reference", "torch" or "triton".
 
@@ -160,7 +161,8 @@ def linear_kl_div(
     summed over chunks in fp32 and returned in its own dtype. No host sync, deterministic, inputs are not overwritten.
 
     Memory at its peak, beyond inputs: the logits, student_hidden's gradient, and student_weight's once, in the dtype of its
-    sum. Under torch.compile and DTensor gradients and their scaled copies coexist.
+    sum: the gradient of a 16-bit weight is rounded within an fp32 sum's storage and keeps that memory. Under torch.compile and
+    DTensor gradients and their scaled copies coexist.
 
     Raises:
         ValueError: shapes that do not fit, a number out of range, an unknown reduction, an unknown or unsupported backend.
@@ -174,6 +176,7 @@ def linear_kl_div(
     check_options("linear_kl_div", rows_shape, beta, temperature, mask, token_weight, reduction, denominator)
     checks.check_logits("linear_kl_div", student_scale, student_softcap, logits_bytes)
     checks.check_logits("linear_kl_div", teacher_scale, teacher_softcap, None)
+    mask = checks.ordinary(mask)
     after = token_weight if reduction == "none" else None  # there autograd can differentiate by it, as in kl_div
     if reduction != "none":
         checks.check_constant("linear_kl_div", "token_weight", token_weight, rows_shape)

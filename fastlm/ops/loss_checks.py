@@ -54,6 +54,22 @@ def check_constant(op: str, what: str, t: Tensor | None, shape) -> None:
         raise ValueError(f"{op}: {what} is a constant and gets no gradient, got one that requires grad; detach() it")
 
 
+def ordinary(t: Tensor | None) -> Tensor | None:
+    """t, a small tensor, or its copy if it was made in inference mode: autograd saves no such tensor."""
+    if t is None or torch.compiler.is_compiling() or not t.is_inference():
+        return t
+    return t.clone()
+
+
+def check_denominator(op: str, denominator: Tensor) -> None:
+    """0-d, a constant."""
+    if denominator.ndim or denominator.requires_grad:
+        raise ValueError(
+            f"{op}: denominator must be a number or a 0-d tensor that requires no grad, got shape "
+            f"{list(denominator.shape)}, requires_grad={denominator.requires_grad}; detach() or sum() it"
+        )
+
+
 def check_target_values(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """Every target in [0, classes) or ignored, where reading them is free (CPU)."""
     if type(target) is not Tensor or target.device.type != "cpu" or not target.numel():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops._op import Op, grad_of
+from fastlm.ops._op import Op, grad_of, is_batched
 
 NEED = slice(-4, -1)  # where the three need_* flags stand among the options
 
@@ -31,6 +31,21 @@ def scale_in_place(t: Tensor, factor: Tensor) -> None:
         return
     for part in t.view(-1).split(1 << 18):
         part.copy_(part.to(factor.dtype).mul_(factor))
+
+
+def save(ctx, *tensors: Tensor | None) -> None:
+    """ctx.save_for_backward, and beside it tensors made under torch.inference_mode (a teacher's), which that refuses."""
+    ctx.made_in_inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    if ctx.made_in_inference:
+        tensors = [None if i in ctx.made_in_inference else t for i, t in enumerate(tensors)]
+    ctx.save_for_backward(*tensors)
+
+
+def saved(ctx) -> tuple[Tensor | None, ...]:
+    """What `save` was given."""
+    if not ctx.made_in_inference:
+        return ctx.saved_tensors
+    return tuple(ctx.made_in_inference.get(i, t) for i, t in enumerate(ctx.saved_tensors))
 
 
 def empty_gradients(hidden, weight, bias, need):
@@ -59,7 +74,7 @@ def wire(op: Op, count: int):
             tensors, options = args[:count], args[count:]
             options = (*options[:-4], *ctx.needs_input_grad[:3], options[-1])
             loss, *rest = op.below(*tensors, *options)
-            ctx.save_for_backward(*tensors, *rest)
+            save(ctx, *tensors, *rest)
             ctx.options = options
             ctx.mark_non_differentiable(*rest)
             ctx.set_materialize_grads(False)
@@ -69,7 +84,7 @@ def wire(op: Op, count: int):
         def backward(ctx, dloss, *_):
             if dloss is None:
                 return (None,) * (count + len(ctx.options))
-            return handed_over(op.backward(dloss, *ctx.saved_tensors, *ctx.options), ctx.options)
+            return handed_over(op.backward(dloss, *saved(ctx), *ctx.options), ctx.options)
 
     class InPlace(torch.autograd.Function):
         """The forward's gradients wait on ctx, not among the saved tensors: the first backward scales them where they are and
@@ -78,17 +93,21 @@ def wire(op: Op, count: int):
         @staticmethod
         def forward(ctx, *args):
             loss, *ctx.gradients = op.below(*args)
-            ctx.save_for_backward(*args[:count])
+            save(ctx, *args[:count])
             ctx.options = args[count:]
             return loss
 
         @staticmethod
         def backward(ctx, dloss):
-            tensors, options = ctx.saved_tensors, ctx.options
+            tensors, options = saved(ctx), ctx.options
             if torch.is_grad_enabled():  # create_graph: the derivative of the reference
                 nothing_yet = empty_gradients(*tensors[:3], (False,) * 3)
                 return handed_over(op.backward(dloss, *tensors, *nothing_yet, dloss, *options), options)
             *grads, left = ctx.gradients or op.below(*tensors, *options)[1:]
+            if is_batched(dloss):  # is_grads_batched: each of a batch of cotangents wants the gradients
+                ctx.gradients = *grads, left
+                factor = dloss * left
+                return handed_over([(g.to(factor.dtype) * factor).to(g.dtype) for g in grads], options)
             ctx.gradients = None
             if options[-1] == "triton":
                 from fastlm.kernels.linear_cross_entropy import scale_

@@ -81,6 +81,11 @@ def cross_entropy_rows(logits, target, loss, row_scale, class_weight, class_sum,
             p.add_(pull)
         _through_cap(p, x, scale, softcap)
         torch.mul(p, factor[here], out=z)
+    if with_grad:  # of infinite logits p is NaN, and 0 times it
+        if logits.device.type == "cpu":
+            logits.index_fill_(0, ignored.nonzero().squeeze(1), 0)
+        else:
+            logits.masked_fill_(ignored.unsqueeze(1), 0)
     loss.masked_fill_(index.squeeze(1) != target, torch.nan).masked_fill_(ignored, 0)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastlm import ops
 
@@ -92,3 +93,142 @@ def test_fp16_without_a_row_that_counts(backend, device):
         )
         for loss in losses:
             assert loss == 0 and not torch.autograd.grad(loss, weight)[0].any()
+
+
+def _every_loss(backend):
+    """name -> loss of (hidden, weight, teacher's hidden, teacher's weight, target, options), all 0-d."""
+    linear = F.linear
+    losses = {
+        "cross_entropy": lambda h, w, th, tw, t, **o: ops.cross_entropy(linear(h, w), t, backend=backend, **o),
+        "linear_cross_entropy": lambda h, w, th, tw, t, **o: ops.linear_cross_entropy(
+            h, w, t, z_loss=0.1, backend=backend, **o
+        ),
+    }
+    for beta in (0.0, 0.5):
+        losses[f"kl_div {beta}"] = lambda h, w, th, tw, t, beta=beta, **o: ops.kl_div(
+            linear(h, w), linear(th, tw), beta=beta, mask=t >= 0, backend=backend, **o
+        )
+        losses[f"linear_kl_div {beta}"] = lambda h, w, th, tw, t, beta=beta, **o: ops.linear_kl_div(
+            h, w, th, tw, beta=beta, mask=t >= 0, backend=backend, **o
+        )
+    return losses
+
+
+def _tensors(device, rows=6, dtype=torch.float32):
+    hidden, weight = (torch.randn(n, 4, device=device).to(dtype).requires_grad_() for n in (rows, 19))
+    target = torch.randint(0, 19, (rows,), device=device)
+    target[1] = -100
+    return hidden, weight, torch.randn(rows, 3, device=device), torch.randn(19, 3, device=device), target
+
+
+@WITH_REFERENCE
+def test_a_teacher_in_inference_mode(backend, device):
+    hidden, weight, th, tw, target = _tensors(device)
+    with torch.inference_mode():
+        ith, itw, logits, mask = th * 1, tw * 1, F.linear(th, tw), target >= 0
+    for beta in (0.0, 0.5, 1.0):
+        for of_mask in (None, mask):
+            options = {"beta": beta, "backend": backend}
+            plain = {**options, "mask": None if of_mask is None else target >= 0}
+            options["mask"] = of_mask
+            pairs = [
+                (
+                    ops.linear_kl_div(hidden, weight, ith, itw, **options),
+                    ops.linear_kl_div(hidden, weight, th, tw, **plain),
+                ),
+                (
+                    ops.linear_kl_div(hidden, weight, ith, itw, reduction="none", **options).sum(),
+                    ops.linear_kl_div(hidden, weight, th, tw, reduction="none", **plain).sum(),
+                ),
+                (
+                    ops.kl_div(F.linear(hidden, weight), logits, **options),
+                    ops.kl_div(F.linear(hidden, weight), F.linear(th, tw), **plain),
+                ),
+            ]
+            for got, want in pairs:
+                for graph in (True, False):
+                    a, b = (
+                        torch.autograd.grad(x, (hidden, weight), retain_graph=True, create_graph=graph)
+                        for x in (got, want)
+                    )
+                    assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@WITH_REFERENCE
+def test_a_denominator_is_a_constant(backend, device):
+    for name, loss in _every_loss(backend).items():
+        with pytest.raises(
+            ValueError, match=f"{name.split()[0]}: denominator must be a number or a 0-d tensor that requires"
+        ):
+            loss(*_tensors(device), denominator=torch.tensor(3.0, device=device, requires_grad=True))
+
+
+def test_a_denominator_from_the_cpu(device, monkeypatch):
+    """It is moved to the logits' device, as in linear_cross_entropy."""
+    seen = []
+    real = ops.linear_kl_div.__globals__["checks"].mean_denominator
+    monkeypatch.setattr(
+        ops.linear_kl_div.__globals__["checks"], "mean_denominator", lambda d, *rest: seen.append(d) or real(d, *rest)
+    )
+    three = torch.tensor(3.0)
+    loss = _every_loss("torch")["linear_kl_div 0.5"]
+    tensors = _tensors(device)
+    torch.testing.assert_close(loss(*tensors, denominator=three), loss(*tensors, denominator=3))
+    assert seen[0] is three
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@WITH_REFERENCE
+def test_an_ignored_row_of_cross_entropy_may_hold_anything(backend, reduction, bad, device):
+    input = torch.randn(4, 19, device=device)
+    input[1, 3:] = bad
+    input.requires_grad_()
+    target = torch.tensor([3, -100, 0, 18], device=device)
+    for options in ({}, {"softcap": 4.0, "scale": 0.7}, {"z_loss": 0.1, "label_smoothing": 0.1}):
+        loss = ops.cross_entropy(input, target, reduction=reduction, backend=backend, **options)
+        (gradient,) = torch.autograd.grad(loss, input)
+        assert loss.isfinite() and gradient.isfinite().all() and not gradient[1].any() and gradient[0].any()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@WITH_REFERENCE
+def test_logits_of_an_ignored_row_may_overflow(backend, z_loss, device):
+    hidden, weight, _, _, target = _tensors(device, dtype=torch.float16)
+    hidden.data[1] = 60000
+    loss = ops.linear_cross_entropy(hidden, weight, target, z_loss=z_loss, backend=backend)
+    for gradient in torch.autograd.grad(loss, (hidden, weight)):
+        assert gradient.isfinite().all()
+
+
+def test_a_target_out_of_range_under_compile():
+    """Values are not looked at there, nor on a GPU."""
+    input = torch.randn(3, 7, requires_grad=True)
+    fn = torch.compile(lambda x, t: ops.cross_entropy(x, t, backend="torch"), backend="aot_eager", fullgraph=True)
+    assert fn(input, torch.tensor([1, -100, 6])).isfinite()
+    assert fn(input, torch.tensor([1, -100, 7])).isnan()
+
+
+@EACH
+def test_a_batch_of_cotangents(backend, device):
+    """autograd.grad(is_grads_batched=True), as torch.autograd.functional.jacobian(vectorize=True) calls it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = _tensors(device, dtype=dtype)
+        for name, loss in _every_loss(backend).items():
+            if not name.startswith("linear"):
+                continue
+            each = loss(*tensors)
+            up = torch.tensor([1.0, -2.0], device=device)
+            both = torch.autograd.grad(each, tensors[:2], up, is_grads_batched=True, retain_graph=True)
+            one = torch.autograd.grad(each, tensors[:2])
+            for got, want in zip(both, one, strict=True):
+                assert torch.equal(got, torch.stack((want, -2 * want))), name
+
+
+def test_the_careful_path_alone_where_a_look_would_wait(monkeypatch):
+    """torch_rows off the CPU: no host sync. A meta tensor stands for any device, and has no values to look at."""
+    from fastlm.ops.kl_div import torch_rows
+
+    x = torch.empty(3, 7, device="meta")
+    for beta in (0.0, 0.5, 1.0):
+        torch_rows(x, x, None, None, x.new_empty(3), torch.empty_like(x), beta, 1.0)
