@@ -34,7 +34,7 @@ _SETTINGS = {
 _ODD = {80: (64, 64, 32, 8, 2), 90: (64, 64, 32, 8, 2), 100: (64, 64, 32, 8, 2)}
 _FEW = {80: (64, 64, 32, 4, 4), 90: (64, 64, 64, 4, 4), 100: (64, 64, 64, 4, 4)}  # at most 64 rows: more programs
 _FP32 = (64, 64, 16, 8, 4)  # products by plain arithmetic ("ieee") are bound by it
-_FP32_ODD = (64, 32, 16, 8, 2)
+_FP32_ODD = (32, 32, 16, 4, 2)
 
 
 def settings(M, N, K, dtype, device, epilogue):
