@@ -112,7 +112,8 @@ def _row_backward(dy, ds, x, weight, mean, rstd, seed, dx, dresidual, strides, M
     elements, per_thread = (4096, 16) if not features["DROPOUT"] else (2048, 8)
     block_m, block_n, warps = _tile(N, elements, 16, per_thread)
     programs = min(triton.cdiv(M, block_m), 2 * num_sms(x.device))
-    reload = N > 4096 or (N * x.element_size() > 8192 and not features["DROPOUT"])
+    widest = max(x.element_size(), dy.element_size())
+    reload = N > 4096 or (N * widest > 8192 and not features["DROPOUT"])
     partials = _partials(programs, N, features, x.device)
     _norm_bwd_kernel[(programs,)](
         dy, ds, x, weight, mean, rstd, seed, dx, dresidual, *partials, *strides, M, N, *numbers,
