@@ -55,9 +55,8 @@ def add_product(total, a, b, first):
     if total.dtype == a.dtype:
         return torch.mm(a, b, out=total) if first else total.addmm_(a, b)
     if total.device.type == "cpu":  # has no 16-bit product with an fp32 result
-        rows = max(
-            1, _PART // b.shape[1]
-        )  # nor a mixed sum without an fp32 copy: parts that are small, and in the cache
+        # Nor a mixed sum without an fp32 copy: parts that are small, and in the cache.
+        rows = max(1, _PART // max(b.shape[1], 1))
         for out, factor in zip(total.split(rows), a.split(rows)):
             part = torch.mm(factor, b)
             out.copy_(part) if first else out.add_(part)
@@ -87,7 +86,7 @@ class Chunks:
     """Iterating gives (slice of rows, their logits) until all rows of hidden are through; logits share one buffer."""
 
     def __init__(self, hidden, weight, bias, logits_bytes=None):
-        self.h = hidden.reshape(-1, hidden.shape[-1])
+        self.h = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])  # not -1: there may be no column
         self.weight = weight.to(self.h.dtype)  # once per call, not once per chunk
         self.bias = None if bias is None else bias.to(self.h.dtype)
         n, vocabulary = self.h.shape[0], weight.shape[0]

@@ -18,7 +18,7 @@ from .chunked_loss import ROW_MULTIPLE, Gradients, chunk_rows, compute_dtype, in
 def _run(rows, student, teacher, mask, factor, options, need):
     """student, teacher: (hidden, weight, bias). -> losses [N], gradients of sum(factor * loss), factor [N] or None for ones."""
     hidden, weight, bias = student
-    h, t = (x[0].reshape(-1, x[0].shape[-1]) for x in (student, teacher))
+    h, t = (x[0].reshape(x[0].shape[:-1].numel(), x[0].shape[-1]) for x in (student, teacher))
     # Once per call, not once per chunk.
     (w, b), (tw, tb) = (
         (x[1].to(x[0].dtype), None if x[2] is None else x[2].to(x[0].dtype)) for x in (student, teacher)

@@ -50,8 +50,9 @@ class KLDivLoss(torch.nn.Module):
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss over logits [..., V] and class numbers [...], computed by ops.cross_entropy, in fp32.
 
-    Same constructor and state dict, and scale, softcap and z_loss beside (see ops.cross_entropy). Two differences: classes lie
-    along the last dimension whatever the number of dimensions, and a mean without a row that counts is 0 instead of NaN.
+    Same constructor (size_average and reduce only None, which torch has deprecated) and state dict, and scale, softcap and z_loss
+    beside (see ops.cross_entropy). Two differences: classes lie along the last dimension whatever the number of dimensions, and a
+    mean without a row that counts is 0 instead of NaN.
 
     forward(input, target, token_weight=None, denominator=None) -> the loss, 0-d, or [...] for reduction "none".
     """
@@ -59,14 +60,21 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     def __init__(
         self,
         weight: Tensor | None = None,
-        *,
+        size_average: None = None,
         ignore_index: int = -100,
+        reduce: None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        *,
         scale: float = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
     ) -> None:
+        if size_average is not None or reduce is not None:
+            raise ValueError(
+                "CrossEntropyLoss: size_average and reduce must be None (torch has deprecated them), got "
+                f"{size_average!r} and {reduce!r}; pass reduction='mean', 'sum' or 'none'"
+            )
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
         check_loss_options("CrossEntropyLoss", reduction, label_smoothing, scale, softcap, z_loss)
         self.scale, self.softcap, self.z_loss = scale, softcap, z_loss

@@ -7,6 +7,8 @@ summed. Loops and kernels are those of one process. No host sync: how many class
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -206,6 +208,11 @@ def _check(op: str, input: Tensor, weight: Tensor, target: Tensor, ignore_index:
         checks.check_target_values(op, target, int(part.classes), ignore_index)
 
 
+def _device_of(t: Tensor):
+    """A CUDA tensor's device made current: Triton launches there. (In a backward autograd sees to it.)"""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
 def _kernels(backend: str):
     if backend == "torch":
         return loss_rows
@@ -241,7 +248,7 @@ def linear_cross_entropy(input, weight, bias, target, token_weight, class_weight
     if backend == "triton":
         from fastlm.kernels.linear_cross_entropy import scale_
     options = label_smoothing, z_loss, scale, softcap, reduction, narrow, logits_bytes
-    with torch.autocast(input.device.type, enabled=False):
+    with _device_of(input), torch.autocast(input.device.type, enabled=False):
         return _CrossEntropy.apply(input, weight, bias, token_weight, class_weight, denominator, part, scale_, *options)
 
 
@@ -256,5 +263,5 @@ def linear_logprobs(input, weight, bias, target, ignore_index, scale, softcap, l
         )  # fmt: skip
     part = _Part(weight, target, ignore_index, group, _kernels(backend))
     _check("linear_logprobs", input, weight, target, ignore_index, part)
-    with torch.autocast(input.device.type, enabled=False):
+    with _device_of(input), torch.autocast(input.device.type, enabled=False):
         return _Logprobs.apply(input, weight, bias, target, part, ignore_index, scale, softcap, logits_bytes)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlm import ops
+from fastlm import nn, ops
 
 BACKENDS = ("torch", "triton")
 EACH = pytest.mark.parametrize("backend", BACKENDS)
@@ -232,3 +232,75 @@ def test_the_careful_path_alone_where_a_look_would_wait(monkeypatch):
     x = torch.empty(3, 7, device="meta")
     for beta in (0.0, 0.5, 1.0):
         torch_rows(x, x, None, None, x.new_empty(3), torch.empty_like(x), beta, 1.0)
+
+
+@WITH_REFERENCE
+def test_hidden_states_of_no_width(backend, device):
+    """All logits are 0."""
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight = (
+            torch.zeros(3, 0, device=device, dtype=dtype),
+            torch.zeros(5, 0, device=device, requires_grad=True),
+        )
+        target = torch.tensor([0, 1, 4], device=device)
+        losses = (
+            (ops.linear_cross_entropy(hidden, weight, target, z_loss=1e-9, backend=backend), 1.6094379),
+            (ops.linear_logprobs(hidden, weight, target, logits_bytes=20, backend=backend).logp.mean(), -1.6094379),
+            (ops.linear_kl_div(hidden, weight, hidden, weight, backend=backend), 0.0),
+        )
+        for loss, want in losses:
+            torch.testing.assert_close(loss.item(), want, rtol=1e-6, atol=1e-6)
+            assert torch.autograd.grad(loss, weight)[0].shape == (5, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_softcap_far_above_the_logits(dtype, device):
+    """It changes nothing: tanh keeps its digits near 0."""
+    input, target = torch.randn(3, 40, device=device).to(dtype), torch.tensor([1, 5, 39], device=device)
+    got = ops.cross_entropy(input, target, softcap=1e6, backend="triton")
+    torch.testing.assert_close(got, ops.cross_entropy(input, target, backend="triton"), rtol=1e-6, atol=1e-6)
+
+
+def test_kernels_of_a_group_run_on_the_tensors_device(monkeypatch):
+    """A device that is not the current one: both ops over a group make it so while their kernels run."""
+    from contextlib import contextmanager
+
+    from fastlm.ops import vocab_parallel
+
+    current = []
+
+    @contextmanager
+    def device_of(t):
+        current.append(t.device)
+        yield
+        current.pop()
+
+    def below_guard(*args):
+        assert current, "no device was made current"
+        raise InterruptedError
+
+    class Part:
+        def __init__(self, *args):
+            self.classes = 19
+
+    monkeypatch.setattr(vocab_parallel, "_device_of", device_of)
+    monkeypatch.setattr(vocab_parallel, "_Part", Part)
+    monkeypatch.setattr(vocab_parallel._CrossEntropy, "apply", below_guard)
+    monkeypatch.setattr(vocab_parallel._Logprobs, "apply", below_guard)
+    hidden, weight, _, _, target = _tensors("cpu")
+    with pytest.raises(InterruptedError):
+        ops.linear_cross_entropy(hidden, weight, target, group=object(), backend="torch")
+    with pytest.raises(InterruptedError):
+        ops.linear_logprobs(hidden, weight, target, group=object(), backend="torch")
+
+
+def test_cross_entropy_as_torch_is_called():
+    """Positions and None as in torch.nn.CrossEntropyLoss."""
+    input, target = torch.randn(3, 7), torch.tensor([1, -100, 6])
+    arguments = torch.rand(7), None, -100, None, "sum", 0.1
+    got, want = (module(*arguments)(input, target) for module in (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(ops.cross_entropy(input, target, ignore_index=None), ops.cross_entropy(input, target))
+    for keywords in ({"size_average": True}, {"reduce": False}):
+        with pytest.raises(ValueError, match="size_average and reduce must be None"):
+            nn.CrossEntropyLoss(**keywords)
