@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .common import at_two_strides, empty_beside
-from .loss_rows import LOWEST, add_to_softmax, ends_of, logit, peels, row_of, store_gradient, strides
+from .loss_rows import LOWEST, add_to_softmax, ends_of, kind_of_softcap, logit, peels, row_of, store_gradient, strides
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def _launch(kernel, target, weight, outputs, placed, ignore_index, smoothing, z_
         placed[0][0], target.reshape(-1).contiguous(), weight, None if weight is None else weight.sum(), *outputs,
         *(number for tensor in placed for number in strides(tensor)), N, V,
         ignore_index, smoothing, z_loss, scale, 1.0 if softcap is None else softcap,
-        SMOOTHING=smoothing != 0, SOFTCAP=softcap is not None, PEEL=peels(*placed), BLOCK_V=block,
+        SMOOTHING=smoothing != 0, SOFTCAP=kind_of_softcap(softcap), PEEL=peels(*placed), BLOCK_V=block,
         num_warps=max(4, min(16, block // 512)),
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .common import at_two_strides, empty_beside
-from .loss_rows import LOWEST, add_to_softmax, ends_of, logit, peels, row_of, store_gradient, strides
+from .loss_rows import LOWEST, add_to_softmax, ends_of, kind_of_softcap, logit, peels, row_of, store_gradient, strides
 
 FORWARD, REVERSE, MIXTURE = range(3)  # KL(teacher || student), KL(student || teacher), and what lies between
 _FORWARD, _REVERSE = tl.constexpr(FORWARD), tl.constexpr(REVERSE)
@@ -234,7 +234,7 @@ def launch(x, y, mask, factor, loss, statistics, dx, beta, temperature,
         x[0], y[0], mask, factor, loss, statistics, out[0], *strides(x), *strides(y), *strides(out), N, V,
         *scales, *(1.0 if s is None else s for s in softcaps), 1.0 / temperature, beta,
         KIND=kind_of(beta), STORED=stored, WITH_GRAD=dx is not None,
-        X_SOFTCAP=softcaps[0] is not None, Y_SOFTCAP=softcaps[1] is not None,
+        X_SOFTCAP=kind_of_softcap(softcaps[0]), Y_SOFTCAP=kind_of_softcap(softcaps[1]),
         PEEL=peels(x, y, out), BLOCK_V=block, num_warps=max(4, min(8, block // 256)),
     )  # fmt: skip
 

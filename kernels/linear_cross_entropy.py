@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import chunked_loss
-from .loss_rows import LOWEST, add_to_softmax, logit, store_gradient
+from .loss_rows import LOWEST, add_to_softmax, kind_of_softcap, logit, store_gradient
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def _rows(logits, target, loss, row_scale, class_weight, class_sum, with_grad, i
     _linear_cross_entropy_rows_kernel[(rows,)](
         logits, target.contiguous(), loss, row_scale, class_weight, class_sum, stride, vocabulary, ignore_index,
         label_smoothing, z_loss, scale, 1.0 if softcap is None else softcap,
-        WITH_GRAD=with_grad, SMOOTHING=label_smoothing != 0, SOFTCAP=softcap is not None, BLOCK_V=block,
+        WITH_GRAD=with_grad, SMOOTHING=label_smoothing != 0, SOFTCAP=kind_of_softcap(softcap), BLOCK_V=block,
         num_warps=max(4, min(16, block // 512)),
     )  # fmt: skip
 

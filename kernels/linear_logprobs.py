@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import chunked_loss
-from .loss_rows import LOWEST, add_to_moments, logit, store_gradient
+from .loss_rows import LOWEST, add_to_moments, kind_of_softcap, logit, store_gradient
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def statistics(logits, target, stats, class_weight, scale, softcap):
     _loss_statistics_kernel[grid](
         logits, target.contiguous(), stats, None if class_weight is False else class_weight, stride, stats.stride(0),
         vocabulary, scale, 1.0 if softcap is None else softcap,
-        TOTAL=class_weight is not False, SOFTCAP=softcap is not None, **settings,
+        TOTAL=class_weight is not False, SOFTCAP=kind_of_softcap(softcap), **settings,
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def gradient(logits, target, factors, class_weight, spread, entropy, ignore_inde
     _loss_gradient_kernel[grid](
         logits, target.contiguous(), factors, class_weight, stride, factors.stride(0), vocabulary, ignore_index,
         scale, 1.0 if softcap is None else softcap,
-        SPREAD=spread, ENTROPY=entropy, SOFTCAP=softcap is not None, **settings,
+        SPREAD=spread, ENTROPY=entropy, SOFTCAP=kind_of_softcap(softcap), **settings,
     )  # fmt: skip
 
 

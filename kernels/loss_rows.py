@@ -74,12 +74,18 @@ def tanh(x, EXACT: tl.constexpr):
     return t
 
 
+def kind_of_softcap(softcap):
+    """SOFTCAP of a kernel: 0 none, 1 a usual one (30, 50), 2 one so far above the logits that tanh must be exact in 16 bits too:
+    its error of 1e-7 is multiplied by the softcap. Not always, as linear_cross_entropy would spill 48 bytes."""
+    return 0 if softcap is None else 1 if softcap <= 100 else 2
+
+
 @triton.jit
 def logit(z_ptr, mask, scale, softcap, SOFTCAP: tl.constexpr):
     """x of the logits at z_ptr (a pointer or a tile of pointers) in fp32; softcap is read only if SOFTCAP."""
     x = tl.load(z_ptr, mask=mask).to(tl.float32) * scale
     if SOFTCAP:
-        x = softcap * tanh(x / softcap, z_ptr.dtype.element_ty == tl.float32)
+        x = softcap * tanh(x / softcap, (z_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2)
     return x
 
 
