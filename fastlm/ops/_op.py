@@ -187,9 +187,8 @@ class Op:
 
         Raises ValueError for an unknown or unsupported named backend; `auto` always finds one.
         """
-        first = tensors[0]
+        first = tensors[0] if tensors else None  # an optimizer may have nothing to do
         if type(first) is not Tensor:
-            first = _first_tensor(tensors)
             if self._sharding and not torch.compiler.is_compiling():
                 self._see_dtensors(
                     tensors[:1]
@@ -208,7 +207,7 @@ class Op:
             return self._chosen(backend, {"others": f"{backend!r} was named"})
         reasons: dict[str, str] = {}
         for name in self.backends:
-            if name in _KERNELS and not first.is_cuda:
+            if name in _KERNELS and not _on_cuda(first, tensors):
                 if _state.capture is not None:
                     reasons[name] = "no CUDA tensor among the arguments; name the backend to run its CPU form"
                 continue
@@ -273,6 +272,13 @@ class Op:
             for entry, rule in self._sharding:
                 register_sharding(entry)(rule)
             self._sharding = []
+
+
+def _on_cuda(first: Any, tensors: Sequence[Any]) -> bool:
+    """Whether the first tensor among the arguments, most often their first, is on a GPU."""
+    if type(first) is not Tensor:
+        first = _first_tensor(tensors)
+    return first.is_cuda
 
 
 def _first_tensor(args: Sequence[Any]) -> Tensor:
