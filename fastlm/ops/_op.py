@@ -188,11 +188,8 @@ class Op:
         Raises ValueError for an unknown or unsupported named backend; `auto` always finds one.
         """
         first = tensors[0] if tensors else None  # an optimizer may have nothing to do
-        if type(first) is not Tensor:
-            if self._sharding and not torch.compiler.is_compiling():
-                self._see_dtensors(
-                    tensors[:1]
-                )  # in inference mode the Autograd kernels, which look too, are not called
+        if type(first) is not Tensor and self._sharding and not torch.compiler.is_compiling():
+            self._see_dtensors(tensors[:1])  # in inference mode the Autograd kernels, which look too, are not called
         if _transforming(tensors):
             # The reference is the only form that every transform can look into.
             return self._chosen("reference", {"others": "a torch.func transform or forward-mode AD is active"})
