@@ -21,6 +21,7 @@ from fastlm.testing import (
     check_strides,
     planted_bug,
 )
+from tests.ops.allocations import peak_bytes
 
 BACKENDS = ("torch", "triton")
 RICH = {"scale": 0.7, "softcap": 6.0}
@@ -231,8 +232,6 @@ def test_losses_written_on_it(backend, device):
 
 
 def test_logits_are_never_whole():
-    from tests.ops.test_linear_cross_entropy_options import _peak_bytes
-
     rows, width, classes = 512, 32, 4096
     input, weight, _, target = _args(torch.float32, "cpu", (rows, width), classes)
     inputs = input.requires_grad_(), weight.requires_grad_()
@@ -243,7 +242,7 @@ def test_logits_are_never_whole():
 
     step()
     # Whole logits are 8 MiB; a chunk is 0.5, its scratch as much three times, the weight's gradient 0.5 twice.
-    assert _peak_bytes(step) <= 4 << 20
+    assert peak_bytes(step) <= 4 << 20
 
 
 def test_a_target_out_of_range(device):
