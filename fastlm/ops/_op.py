@@ -1,4 +1,4 @@
-"""The machinery of an op: definition, backend choice, autograd wiring. Every private torch call of the library is here.
+"""The machinery of an op: definition, backend choice, autograd wiring. It, and `_native.py`, make every private torch call.
 
 An op has up to four backends:
 
@@ -389,10 +389,3 @@ def grad_of(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tenso
         grad = next(found) if t is not None else None
         result.append(torch.zeros_like(t) if grad is None and t is not None else grad)
     return result
-
-
-def fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, step: Tensor, **options: Any) -> None:
-    """torch's fused AdamW step over lists of equal dtype and memory order, one 0-d `step` (from 1) for all. In place."""
-    torch._fused_adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, [], [step] * len(params), amsgrad=False, maximize=False, **options
-    )
