@@ -1,4 +1,4 @@
-"""torch's own fast functions that have no public name yet: one thin wrapper each, so that a change in torch is met in one place."""
+"""torch's own fast functions that have no public name yet: one thin wrapper each, so that a change in torch is met here."""
 
 from __future__ import annotations
 
