@@ -151,21 +151,33 @@ def unique_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the optimizer's parameters in the order in which its state dict numbers them."""
     names = {p: name for name, p in model.named_parameters()}
-    return {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    return [names[p] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = _optimizer_names(model, optimizer)
+    return {
+        f"{names[number]}.{key}": value
+        for number, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
+    numbers = {name: number for number, name in enumerate(_optimizer_names(model, optimizer))}
+    state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, key = name.rsplit(".", 1)
-        p = parameters[parameter]
-        # The step counter stays on the host (see AdamW); moments live with their parameter.
-        optimizer.state[p][key] = tensor if key == "step" else tensor.to(p.device)
+        if parameter not in numbers:
+            raise UserError(f"the checkpoint has {name}, but the optimizer does not train that parameter")
+        state.setdefault(numbers[parameter], {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _random_states() -> dict[str, Any]:

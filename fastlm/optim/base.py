@@ -1,0 +1,342 @@
+"""What the optimizers share: clipping and skipping without a host sync, step counts, modes of storage, moving averages.
+
+A subclass names its states in `MOMENTS` and calls its op in `_update`; everything else is done here, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm.errors import UserError
+from fastlm.optim import state as storage
+from fastlm.optim.clip import clip_coefficient, global_norm
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of fastlm.optim's optimizers, and a torch.optim.Optimizer in all that users see: parameter groups, closures, hooks,
+    a number or tensor as `lr`, torch's schedulers and GradScaler, DDP and FSDP2.
+
+    Options of a parameter group (each has a default for all groups in the constructor):
+
+        precision      what becomes of a 16-bit parameter's update, computed in fp32. fp32 parameters do not ask.
+                       "nearest": rounded to nearest, as in torch.  "stochastic": bf16, rounded up or down with the probability
+                       that makes the mean right; `seed` (an int, the same on every process) chooses the random numbers.
+                       "remainder": bf16, and the 16 bits cut off kept in an int16 state: exactly the fp32 weight.
+                       "master": an fp32 copy of the weight as a state.
+        state_bits     None: moments in the parameter's dtype as in torch, but fp32 in the other three precisions (in bf16 a
+                       second moment with beta2 = 0.999 stands still).  32: fp32.  8: 8-bit codes with an fp32 scale for each 256
+                       elements; parameters of fewer than 4096 elements keep fp32.
+        average_decay  d: keep a moving average a <- d * a + (1 - d) * p of the weights in fp32, written by the same launch;
+                       see `averages()`. None: no average.
+
+    Args:
+        max_norm: gradients whose global norm, over all parameters of this optimizer (whole tensors under FSDP2), is larger are
+            scaled down to it, inside the step. The norm before that is kept in `grad_norm`, a 0-d device tensor.
+        skip_nonfinite: a NaN or infinity in any gradient leaves every weight and state as it was, bit for bit, and adds one to
+            `skipped`, a 0-d int64 device tensor. No host sync. Costs one read of the gradients, none more where max_norm is set.
+    """
+
+    MOMENTS: tuple[str, ...] = ()  # names of the states that are moments, one tensor per parameter and of its shape
+    _step_supports_amp_scaling = (
+        True  # GradScaler sets self.grad_scale and self.found_inf and leaves the rest to step()
+    )
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise UserError(f"{type(self).__name__}: max_norm must be above 0 or None, got {max_norm}")
+        self.max_norm, self.skip_nonfinite = max_norm, skip_nonfinite
+        self.grad_norm: Tensor | None = None
+        self.skipped = torch.zeros((), dtype=torch.int64)
+        self._prepared: set[Tensor] = set()  # parameters whose state is complete
+        self._averaging = False
+        self._loading: dict[str, Any] | None = None
+        super().__init__(params, defaults)
+
+    # --- what a subclass says -------------------------------------------------------------------------------------
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises UserError for hyperparameters out of range; lr, weight_decay and eps have been looked at."""
+
+    def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
+        """Raises UserError if parameter groups of a state dict ask for what this optimizer does not do."""
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+        step: int | Tensor,
+        common: dict[str, Any],
+    ) -> None:
+        """Updates parameters of one dtype and device that have made equally many steps.
+
+        Args:
+            step: the number of this step, from 1; a 0-d device tensor where the host does not know how many were skipped.
+            common: the keyword arguments that every optimizer op takes: grad_scale, found_inf, masters, remainders, seed,
+                averages, average_decay and <moment>_scales, those that are needed.
+        """
+        raise NotImplementedError
+
+    # --- the step -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None, *, grad_scale: Tensor | float | None = None) -> Any:
+        """Makes one step. Parameters without a gradient are left alone.
+
+        Args:
+            closure: as in torch.optim: re-evaluates the model and returns the loss.
+            grad_scale: 0-d tensor or number that multiplies every gradient before anything else. Stays on the device.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            UserError: a sparse or complex gradient; a call inside `averages()`.
+        """
+        if self._averaging:
+            raise UserError(
+                f"{self._name}: step() inside averages() would train the averaged weights; leave the block first"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:
+            return loss
+        self._check_gradients(grads)
+        scale, found_inf = self._survey(grads, grad_scale)
+        if found_inf is not None and found_inf.device != self.skipped.device:
+            self.skipped = self.skipped.to(found_inf.device)
+        if found_inf is not None and found_inf.device.type == "cpu" and not torch.compiler.is_compiling():
+            if found_inf.item():
+                self.skipped += 1
+                return loss
+            found_inf = None
+        if found_inf is not None:
+            self.skipped += found_inf != 0
+        launch = 0
+        for group in self.param_groups:
+            for params, step in self._counted(group, found_inf):
+                for same in self._alike(group, params):
+                    self._launch(group, same, step, scale, found_inf, launch)
+                    launch += 1
+        return loss
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _check_gradients(self, grads: list[Tensor]) -> None:
+        for g in grads:
+            if g.layout != torch.strided:
+                raise UserError(
+                    f"{self._name}: sparse gradients are not supported; make the embedding with sparse=False"
+                )
+            if not g.is_floating_point():
+                raise UserError(f"{self._name}: gradients must be real floating point, got {g.dtype}")
+
+    def _survey(self, grads: list[Tensor], scale: Any) -> tuple[Any, Tensor | None]:
+        """-> what multiplies every gradient, and a 0-d tensor that is nonzero if the step must not be made (None: make it)."""
+        loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # GradScaler's
+        if loss_scale is not None:
+            scale = 1.0 / loss_scale if scale is None else scale / loss_scale
+        self.grad_norm = None
+        if self.max_norm is None and not self.skip_nonfinite:
+            return scale, found_inf
+        norm = global_norm(grads)
+        if scale is not None:
+            norm = norm * (scale.abs().to(norm.device) if isinstance(scale, Tensor) else abs(scale))
+        self.grad_norm = norm
+        if self.max_norm is not None:
+            coefficient = clip_coefficient(norm, self.max_norm)
+            if isinstance(scale, Tensor):
+                scale = scale.to(norm.device)
+            scale = coefficient if scale is None else coefficient * scale
+        if self.skip_nonfinite:
+            bad = (~norm.isfinite()).float()
+            found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
+        return scale, found_inf
+
+    def _counted(self, group: dict[str, Any], found_inf: Tensor | None) -> Iterator[tuple[list[Tensor], int | Tensor]]:
+        """The group's parameters with a gradient, gathered by the steps they have made, and the number of this step.
+
+        Parameters that always step together share one step tensor: counting is one addition for all of them. It lives on the
+        host, as in torch, unless only the device knows whether a step is made.
+        """
+        together: dict[int, list[Tensor]] = {}
+        idle: set[int] = set()
+        new: dict[torch.device, Tensor] = {}
+        for p in group["params"]:
+            state = self.state[p] if p.grad is not None else self.state.get(p, {})
+            if p.grad is None:
+                if "step" in state:
+                    idle.add(id(state["step"]))
+                continue
+            if not state or p not in self._prepared:
+                if "step" not in state:
+                    state["step"] = new.setdefault(p.device, torch.zeros(()))
+                storage.complete(self, p, group, state)
+                self._prepared.add(p)
+            together.setdefault(id(state["step"]), []).append(p)
+        for key, params in together.items():
+            step = self.state[params[0]]["step"]
+            moves = found_inf is not None and step.device.type == "cpu"
+            if moves or key in idle:
+                step = step.to(params[0].device) if moves else step.clone()
+                for p in params:
+                    self.state[p]["step"] = step
+            if found_inf is None:
+                step += 1
+            else:
+                step += found_inf.to(step.device) == 0
+            yield params, step if step.device.type != "cpu" else int(step)
+
+    def _alike(self, group: dict[str, Any], params: list[Tensor]) -> list[list[Tensor]]:
+        """The parameters, split into lists of one dtype and device whose states are of the same kinds."""
+        if len({(p.dtype, p.device) for p in params}) == 1 and group.get("state_bits") != 8:
+            return [params]
+        found: dict[tuple, list[Tensor]] = {}
+        for p in params:
+            found.setdefault((p.dtype, p.device, *self.state[p]), []).append(p)
+        return list(found.values())
+
+    def _launch(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        step: int | Tensor,
+        scale: Any,
+        found_inf: Tensor | None,
+        launch: int,
+    ) -> None:
+        states = [self.state[p] for p in params]
+        kinds, device = states[0], params[0].device
+        common: dict[str, Any] = {}
+        if scale is not None:
+            common["grad_scale"] = scale.to(device) if isinstance(scale, Tensor) else scale
+        if found_inf is not None:
+            common["found_inf"] = found_inf.to(device)
+        for name, key in (("masters", "master"), ("remainders", "remainder"), ("averages", "average")):
+            if key in kinds:
+                common[name] = [s[key] for s in states]
+        if "average" in kinds:
+            common["average_decay"] = group["average_decay"]
+        for name in self.MOMENTS:
+            if f"{name}_scale" in kinds:
+                common[f"{name}_scales"] = [s[f"{name}_scale"] for s in states]
+        if group.get("precision") == "stochastic" and params[0].dtype == torch.bfloat16:
+            common["seed"] = storage.step_seed(group["seed"] + launch, step, device)
+        self._update(group, params, [p.grad for p in params], states, step, common)
+
+    # --- averages -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def averages(self) -> Iterator[None]:
+        """Inside the block the parameters hold their moving averages (`average_decay`), after it their own values again, bit for
+        bit. Parameters that have made no step, or have no average, keep their values. Takes a copy of the weights meanwhile.
+
+        Raises:
+            UserError: no group has average_decay; a block inside a block.
+        """
+        if all(group.get("average_decay") is None for group in self.param_groups):
+            raise UserError(
+                f"{self._name}: averages() needs average_decay, such as {self._name}(..., average_decay=0.999)"
+            )
+        if self._averaging:
+            raise UserError(f"{self._name}: averages() is already active")
+        held = [(p, p.detach().clone()) for p, state in self.state.items() if "average" in state]
+        self._averaging = True
+        try:
+            with torch.no_grad():
+                for p, _ in held:
+                    p.copy_(self.state[p]["average"])
+            yield
+        finally:
+            with torch.no_grad():
+                for p, own in held:
+                    p.copy_(own)
+            self._averaging = False
+
+    # --- groups and state dicts -----------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim. Raises UserError for hyperparameters out of range and parameters that are not real numbers."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for name in ("lr", "weight_decay", "eps"):
+                value = group.get(name, 0.0)
+                if not isinstance(value, Tensor) and not (value >= 0 and math.isfinite(value)):
+                    raise UserError(f"{self._name}: {name} must be a finite number >= 0, got {value}")
+            storage.check_group(self._name, group)
+            self._check_group(group)
+        except UserError:
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim, each parameter with a `step` of its own, on the host: the number of steps really made."""
+        found = super().state_dict()
+        found["state"] = {
+            key: {k: v.detach().cpu().clone() if k == "step" else v for k, v in state.items()}
+            if isinstance(state, dict)
+            else state
+            for key, state in found["state"].items()
+        }
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state dict of this class, or of torch's optimizer of the same name.
+
+        Hyperparameters come from the state dict, precision, state_bits and average_decay stay those of this optimizer: moments
+        are converted, and masters and averages that the state dict lacks are made from the weights at the next step.
+
+        Raises:
+            UserError: the state dict asks for what this optimizer does not do. ValueError: other parameters (torch's message).
+        """
+
+        def keep(_: Any, final: dict[str, Any]) -> None:
+            self._loading = final  # torch is about to cast every state to its parameter's dtype
+
+        handle = self.register_load_state_dict_pre_hook(keep)  # after the user's hooks, which may change the dict
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("max_norm", "skip_nonfinite", "skipped", "grad_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by load_state_dict and by unpickling."""
+        before = self.__dict__.get("param_groups")
+        if self.__dict__.get("_loading") is not None:
+            self._check_loaded(state["param_groups"])
+            storage.restore(self, state, before, self._loading)
+        super().__setstate__(state)
+        self._prepared, self._averaging, self._loading = set(), False, None
+        storage.share_steps(self)
+
+
+def check_betas(name: str, group: dict[str, Any]) -> None:
+    """Raises UserError unless the group's betas are two numbers in [0, 1)."""
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"{name}: betas must be two numbers in [0, 1), got {betas}")
