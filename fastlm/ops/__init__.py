@@ -17,6 +17,7 @@ from fastlm.ops.linear_kl_div import linear_kl_div
 from fastlm.ops.linear_logprobs import linear_logprobs
 from fastlm.ops.lora_linear import lora_linear
 from fastlm.ops.mlp import gated_mlp, mlp
+from fastlm.ops.newton_schulz import newton_schulz
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import rotary
 from fastlm.ops.softmax import softmax
@@ -42,6 +43,7 @@ __all__ = [
     "linear_logprobs",
     "lora_linear",
     "mlp",
+    "newton_schulz",
     "received_attention",
     "rms_norm",
     "rotary",
