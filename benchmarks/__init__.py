@@ -1,1 +1,1 @@
-"""Measuring: `python -m benchmarks run` (times, behind an accuracy gate) and `python -m benchmarks aot` (generated code)."""
+"""Measuring: `python -m benchmarks run` (times, behind an accuracy gate), `compare`, `report`, `aot` (generated code), `tune`."""

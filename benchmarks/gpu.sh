@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
 # Tests and measures fastlm on a GPU machine that has its own torch and triton and no network, within nine minutes.
 #
-#   benchmarks/gpu.sh [--dry] [--wheel FILE] [OUTDIR]
+#   benchmarks/gpu.sh [--dry] [--wheel FILE] [--only correctness|ops|attention|models]... [OUTDIR]
 #
-# Installs the checkout (or FILE) without dependencies into a temporary folder, runs the op tests compiled, then the op
-# benchmarks, and prints a short table last. OUTDIR (default gpu-results) gets summary.txt, tests.txt, ops.txt and ops.jsonl;
-# what is there is kept if the run is stopped. --dry walks the same path on a CPU with tiny sizes.
+# Installs the checkout (or FILE) without dependencies into a temporary folder, runs the op tests compiled, then the op benchmarks,
+# then whole models, as far as the time goes, and prints a short table last. --only takes a part (several allowed). OUTDIR (default
+# gpu-results) gets summary.txt, tests.txt, ops.txt, ops.jsonl, train.jsonl and generate.jsonl; what is there is kept if the run is
+# stopped. `python -m benchmarks report OUTDIR` makes the page. --dry walks the same path on a CPU with tiny sizes.
 set -uo pipefail
 set -m # else bash lets background jobs ignore the SIGINT by which pytest is asked to stop and sum up
 
 limit=520 tests_limit=280 job=""
-dry=0 wheel="" out=""
+dry=0 wheel="" out="" only=""
 while [ $# -gt 0 ]; do
   case "$1" in
     --dry) dry=1 ;;
     --wheel) wheel="$(realpath "$2")"; shift ;;
-    -h|--help) sed -n '2,8p' "$0" | cut -c3-; exit 0 ;;
+    --only)
+      case "${2:-}" in
+        correctness|ops|attention|models) only="$only $2"; shift ;;
+        *) echo "gpu.sh: --only takes correctness, ops, attention or models, not '${2:-}'" >&2; exit 2 ;;
+      esac ;;
+    -h|--help) sed -n '2,9p' "$0" | cut -c3-; exit 0 ;;
     -*) echo "gpu.sh: unknown option $1; see --help" >&2; exit 2 ;;
     *) out="$1" ;;
   esac
@@ -27,7 +33,9 @@ out="$(cd "${out:-gpu-results}" && pwd)"
 python="${PYTHON:-python3}"
 work="$(mktemp -d)"
 summary="$out/summary.txt"
-: > "$summary"; : > "$out/tests.txt"; : > "$out/ops.txt"; : > "$out/ops.jsonl"
+for name in tests.txt ops.txt ops.jsonl train.jsonl generate.jsonl; do : > "$out/$name"; done
+: > "$summary"
+wants() { [ -z "$only" ] || [[ " $only " == *" $1 "* ]]; }
 left() { echo $((limit - SECONDS)); }
 say() { echo "$*" | tee -a "$summary"; }
 
@@ -37,7 +45,8 @@ finish() {
     echo
     tail -n 1 "$out/tests.txt"
     grep -E "^(FAILED|ERROR)" "$out/tests.txt" | cut -c1-160 | head -n 15
-    (cd "$work" && "$python" -m benchmarks.report "$out/ops.jsonl" 2>/dev/null)
+    grep "tokens/s" "$out/ops.txt"
+    (cd "$work" && "$python" -m benchmarks.tables "$out/ops.jsonl" 2>/dev/null)
     echo "$SECONDS s; everything is in $out"
   } | tee -a "$summary"
   rm -rf "$work"
@@ -71,7 +80,7 @@ else
 fi
 "$python" - <<'PYTHON' 2>&1 | tee -a "$summary"
 import torch, fastlm
-from benchmarks.report import machine
+from benchmarks.machine import machine
 print(f"fastlm from {fastlm.__file__}")
 print("  ".join(f"{k}: {v}" for k, v in machine("cuda" if torch.cuda.is_available() else "cpu").items() if k != "kind"))
 PYTHON
@@ -80,34 +89,57 @@ if [ $dry = 0 ] && ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is
   exit 1
 fi
 
-tests=("$root/tests/ops") workers=12 suite=quick options=()
+tests=("$root/tests/ops") workers=12 suite=quick options=(--no-page)
 if [ $dry = 1 ]; then
-  tests=("$root/tests/ops/test_rms_norm.py") workers=2 suite=tiny options=(--provider fastlm:torch)
+  tests=("$root/tests/ops/test_rms_norm.py") workers=2 suite=tiny options+=(--provider fastlm:torch)
 fi
-parallel=()
-"$python" -c "import xdist" 2>/dev/null && parallel=(-n "$workers")
-# -o pythonpath= : pyproject.toml puts the checkout first, and the installed package is what is tested.
-# pytest-xdist needs up to 20 s to collect its workers and sum up.
-timeout --signal=INT --kill-after=30 "$tests_limit" "$python" -m pytest "${tests[@]}" "${parallel[@]}" -q -m "not slow" \
-  -c "$root/pyproject.toml" --rootdir "$root" -o pythonpath= -p no:cacheprovider >"$out/tests.txt" 2>&1 &
-job=$!
-wait "$job"
-say "tests: exit status $? ($SECONDS s)"
 
-# First every op without torch.compile, whose own compiling takes most of the time; then with it, as far as time allows; last
-# attention beside FlexAttention, which is torch.compile too. The table takes the latest pass there is, so that what it compares
-# was measured in one process. One process per op: a kernel that breaks the GPU's context costs one op.
-measure() { # measure OP OPTIONS...
-  [ "$(left)" -gt 20 ] || { say "out of time before $*"; return; }
-  timeout --signal=INT --kill-after=5 "$(($(left) - 10))" "$python" -m benchmarks run --op "$@" --suite "$suite" \
-    "${options[@]}" --out "$out" >>"$out/ops.txt" 2>"$work/errors.txt" &
+check() {
+  local parallel=()
+  "$python" -c "import xdist" 2>/dev/null && parallel=(-n "$workers")
+  # -o pythonpath= : pyproject.toml puts the checkout first, and the installed package is what is tested.
+  # pytest-xdist needs up to 20 s to collect its workers and sum up.
+  timeout --signal=INT --kill-after=30 "$tests_limit" "$python" -m pytest "${tests[@]}" "${parallel[@]}" -q -m "not slow" \
+    -c "$root/pyproject.toml" --rootdir "$root" -o pythonpath= -p no:cacheprovider >"$out/tests.txt" 2>&1 &
   job=$!
-  wait "$job" || say "$1: exit status $?: $(tail -n 1 "$work/errors.txt" | cut -c1-160)"
+  wait "$job"
+  say "tests: exit status $? ($SECONDS s)"
 }
-ops="$("$python" -m benchmarks run --list)"
+
+# timed NAME MODULE OPTIONS...: one process for each: a kernel that breaks the GPU's context costs one of them.
+timed() {
+  local name="$1"
+  shift
+  [ "$(left)" -gt 20 ] || { say "out of time before $name"; return; }
+  timeout --signal=INT --kill-after=5 "$(($(left) - 10))" "$python" -m "$@" --out "$out" >>"$out/ops.txt" 2>"$work/errors.txt" &
+  job=$!
+  wait "$job" || say "$name: exit status $?: $(tail -n 1 "$work/errors.txt" | cut -c1-160)"
+}
+measure() { timed "$1" benchmarks run --op "$@" --suite "$suite" "${options[@]}"; }
+
+# First every op without torch.compile, whose own compiling takes most of the time; then the models; then every op with it, as far as
+# time allows; last attention beside FlexAttention, which is torch.compile too. The table takes the latest pass there is, so that
+# what it compares was measured in one process.
+wants correctness && check
+ops=""
+for op in $("$python" -m benchmarks run --list); do
+  case "$op" in
+    *attention*|append_kv) wants attention || wants ops && ops="$ops $op" ;;
+    *) wants ops && ops="$ops $op" ;;
+  esac
+done
 for op in $ops; do measure "$op" --skip torch.compile --skip compiled --skip flex; done
+if wants models; then
+  training=(--seconds 8) decoding=(--seconds 8)
+  if [ $dry = 1 ]; then
+    training=(--seconds 0.1 --model gpt2-4x128 --dtype fp32 --batch 2 --context 32)
+    decoding=(--seconds 0.1 --model gpt2-4x128 --dtype fp32 --prompt 4 --new 8)
+  fi
+  timed training benchmarks.models.bench_train "${training[@]}"
+  timed decoding benchmarks.models.bench_generate "${decoding[@]}"
+fi
 for op in $ops; do
   [ "$op" = attention ] || measure "$op"
 done
-measure attention
+[[ " $ops " == *" attention "* ]] && measure attention
 exit 0

@@ -12,7 +12,7 @@ A benchmark file, benchmarks/ops/bench_<stem>.py, defines one `BENCH`; see bench
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -265,12 +265,14 @@ def measure(
     *,
     seconds: float,
     wanted: Callable[[str], bool] = lambda provider: True,
+    left_out: Mapping[str, str] | None = None,
 ) -> list[Row]:
     """Every mode and provider at one size and dtype: the gate first, then the times.
 
     Args:
         seconds: time to spend on each mode.
         wanted: names of the providers to measure; the plain one always is.
+        left_out: providers that get a row with this reason instead of a time.
     """
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -284,6 +286,9 @@ def measure(
     fns, reasons = {}, {}
     for p in bench.providers:
         if p.name != bench.plain and not wanted(p.name):
+            continue
+        if left_out and p.name in left_out:
+            reasons[p.name] = left_out[p.name]
             continue
         if p.name == OURS + "triton" and device == "cpu":
             reasons[p.name] = "missing: no CUDA GPU; times of Triton's interpreter mean nothing"

@@ -10,30 +10,32 @@ import torch
 from benchmarks.clock import quartiles, time_calls
 from benchmarks.harness import Row
 
-_BYTES = 1 << 30  # several times any cache
-_SIDE = 8192
+# Several times any cache, and a product large enough to run at full rate.
+_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
+_SIDE = {"cuda": 8192, "cpu": 1024}
 
 
-def peaks(dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
+def peaks(dtypes: tuple[torch.dtype, ...], device: str = "cuda") -> dict[str, float]:
     """{"copy_gbps": bytes read and written by a plain copy, in GB/s, "<dtype>_tflops": a large square product's rate}.
 
-    Of the GPU at hand; not of a CPU, where what is small enough to be measured often lies in a cache.
+    On a CPU the copy is one of its memory: an op whose tensors lie in a cache shows a share above 1.
     """
-    found = {"copy_gbps": _copy_gbps()}
+    found = {"copy_gbps": _copy_gbps(device)}
+    side = _SIDE[device]
     for dtype in dtypes:
-        a, b = (torch.randn(_SIDE, _SIDE, device="cuda").to(dtype) for _ in range(2))
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        found[f"{str(dtype)[6:]}_tflops"] = 2 * _SIDE**3 / _ms(partial(torch.mm, a, b, out=out)) / 1e9
+        found[f"{str(dtype)[6:]}_tflops"] = 2 * side**3 / _ms(partial(torch.mm, a, b, out=out), device) / 1e9
     return found
 
 
-def _copy_gbps() -> float:
-    source = torch.randn(_BYTES // 4, device="cuda")
-    return 2 * source.nbytes / _ms(partial(torch.empty_like(source).copy_, source)) / 1e6
+def _copy_gbps(device: str) -> float:
+    source = torch.randn(_BYTES[device] // 4, device=device)
+    return 2 * source.nbytes / _ms(partial(torch.empty_like(source).copy_, source), device) / 1e6
 
 
-def _ms(call: Callable) -> float:
-    return quartiles(time_calls([call], "cuda", 0.2)[0])[1]
+def _ms(call: Callable, device: str) -> float:
+    return quartiles(time_calls([call], device, 0.2)[0])[1]
 
 
 def set_shares(rows: list[Row], found: dict[str, float]) -> None:

@@ -1,201 +1,135 @@
-"""What a run leaves: JSON lines with the machine's description, and a table to read."""
+"""`python -m benchmarks report DIR`: the results of a folder as a page, README.md there, with pictures.
+
+Reads every *.jsonl of DIR that holds times of ops. The page has one line per op, every cell that is lost to plain PyTorch, and
+what was not measured, each table with the date and commit it was measured at. --into FILE writes the table and one picture
+between two marker lines of FILE as well, `<!-- benchmarks -->` above and below.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import argparse
 import os
-import platform
-import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict
-from datetime import datetime, timezone
+from collections import Counter
 from pathlib import Path
+from statistics import median
 
-import torch
+from benchmarks.harness import Row
+from benchmarks.lines import LOST, Cell, cells, read, size_text
+from benchmarks.plots import draw
 
-from benchmarks.harness import OURS, Row
-
-
-def machine(device: str) -> dict:
-    """What a number depends on beside the code: hardware, versions, commit, date (UTC)."""
-    info = {
-        "kind": "machine",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "sources": _sources_hash(),
-        "device": device,
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-    }
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        info |= {
-            "gpu": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "sms": properties.multi_processor_count,
-            "cuda": torch.version.cuda,
-        } | _nvidia_smi()
-    return info
+MARK = "<!-- benchmarks -->"
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return __import__(package).__version__
-    except ImportError:
-        return None
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _commit() -> str | None:
-    here = str(Path(__file__).parent)
-    commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
-    # The report must not pass off changed code as the commit it started from.
-    return commit and commit + ("+changes" if _output("git", "-C", here, "status", "--porcelain", "-uno") else "")
-
-
-def _sources_hash() -> str:
-    """Names the measured code where there is no git: a hash of every source file of the imported library."""
-    import fastlm
-    import fastlm.kernels
-
-    digest = hashlib.sha256()
-    for folder in (Path(fastlm.__file__).parent, Path(fastlm.kernels.__path__[0])):
-        for path in sorted(folder.rglob("*.py")):
-            if folder.name == "kernels" or "kernels" not in path.relative_to(folder).parts:  # a wheel nests the kernels
-                digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _nvidia_smi() -> dict:
-    fields = {
-        "driver": "driver_version",
-        "sm_mhz": "clocks.sm",
-        "mem_mhz": "clocks.mem",
-        "power_limit_w": "power.limit",
-    }
-    line = _output("nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits", "-i", "0")
-    return dict(zip(fields, (v.strip() for v in line.split(",")))) if line else {}
-
-
-class Lines:
-    """JSON lines appended as the run goes, so that a run that is stopped leaves what it had. path None writes nothing."""
-
-    def __init__(self, path: Path | None, header: dict) -> None:
-        self.path = path
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self.write([header])
-
-    def add(self, rows: Iterable[Row]) -> None:
-        self.write({"kind": "time" if r.ms is not None else "no time", **asdict(r)} for r in rows)
-
-    def write(self, entries: Iterable[dict]) -> None:
-        if self.path is None:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            for entry in entries:
-                file.write(json.dumps({k: v for k, v in entry.items() if v is not None}) + "\n")
-
-
-def table(rows: list[Row]) -> str:
-    """The rows of one op as aligned text, a block per (size, dtype, mode), the reasons for missing times at the end."""
-    rate = "TFLOP/s" if any(r.tflops is not None for r in rows) else "GB/s"
-    lines = [
-        f"{'provider':16} {'ms':>10} {'quartiles':>21} {rate:>9} {'of peak':>7} {'x plain':>8}  {'host us':>8} {'peak MiB':>9}"
-    ]
-    cell = None
-    for r in rows:
-        if r.ms is None:
-            continue
-        if cell != (r.size, r.dtype, r.mode):
-            cell = (r.size, r.dtype, r.mode)
-            lines.append(f"-- {r.op} {size_text(r.size)} {r.dtype} {r.mode}")
-        value = r.tflops if rate == "TFLOP/s" else r.gbps
-        lines.append(
-            f"{r.provider:16} {r.ms:10.4f} {f'{r.q1:.4f} - {r.q3:.4f}':>21} {_number(value, 9)} {_percent(r.share)}"
-            f" {_number(r.speedup, 8)}"
-            f"  {_number(r.host_us, 8)} {_number(r.peak_mb, 9)}"
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__.split("\n\n")[1])
+    parser.add_argument("folder", type=Path, help="such as benchmarks/results/cpu-2core")
+    parser.add_argument("--into", type=Path, action="append", default=[], help="a file with the marker lines")
+    options = parser.parse_args(argv)
+    runs = load(options.folder)
+    if not runs:
+        print(
+            f"report: no times in {options.folder}/*.jsonl; `python -m benchmarks run --out` makes some",
+            file=sys.stderr,
         )
-    reasons: dict[tuple, list[str]] = {}
-    for r in rows:
-        if r.ms is None:
-            reasons.setdefault((r.provider, r.reason), []).append(f"{size_text(r.size)} {r.dtype}")
-    lines += [f"no time for {name} ({_few(where)}): {reason}" for (name, reason), where in reasons.items()]
+        return 2
+    pictures = draw(runs, options.folder)
+    (options.folder / "README.md").write_text(page(runs, pictures), encoding="utf-8")
+    print(f"wrote {options.folder / 'README.md'} and {', '.join(p.name for p in pictures)}")
+    for file in options.into:
+        insert(file, runs, pictures[0])
+        print(f"wrote the table into {file}")
+    return 0
+
+
+def load(folder: Path) -> dict[str, tuple[dict, list[Row]]]:
+    """File name -> (machine, rows), for the files of a folder that hold times of ops."""
+    found = {path.name: read(path) for path in sorted(folder.glob("*.jsonl"))}
+    return {name: run for name, run in found.items() if any(row.ms is not None for row in run[1])}
+
+
+def page(runs: dict[str, tuple[dict, list[Row]]], pictures: list[Path]) -> str:
+    """The whole page in Markdown."""
+    parts = ["# Measured here", "Written by `python -m benchmarks report`; do not edit."]
+    for name, (machine, rows) in runs.items():
+        found = cells(rows)
+        parts += [f"## {name}", stamp(machine), summary(found), _lost(found), _untimed(rows)]
+    parts += ["## Pictures", *(f"![{p.stem.replace('-', ' ')}]({p.name})" for p in pictures)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def stamp(machine: dict) -> str:
+    """Where and when a table was measured, on which code."""
+    where = (
+        machine.get("gpu") or f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('threads')} thread(s)"
+    )
+    versions = f"torch {machine.get('torch')}, triton {machine.get('triton')}"
+    return f"{where}; {versions}; {machine.get('date', '?')[:10]}, commit {machine.get('commit')}."
+
+
+def summary(found: list[Cell]) -> str:
+    """One line per op: our speed relative to plain PyTorch's over its cells, the slowest, the fastest, and how many are lost."""
+    lines = [
+        "| op | cells | median | slowest cell | fastest cell | lost |",
+        "|---|---|---|---|---|---|",
+    ]
+    for op in dict.fromkeys(cell.op for cell in found):
+        speeds = sorted(((s, c) for c in found if c.op == op and (s := c.speed(c.plain))), key=lambda pair: pair[0])
+        if speeds:
+            lost = sum(s < LOST for s, _ in speeds)
+            middle = median(s for s, _ in speeds)
+            lines.append(
+                f"| `{op}` | {len(speeds)} | {middle:.2f}x | {_cell(speeds[0])} | {_cell(speeds[-1])} | {lost or ''} |"
+            )
     return "\n".join(lines)
 
 
-def size_text(size: dict) -> str:
-    return " ".join(f"{k}={v}" for k, v in size.items())
+def _cell(pair: tuple[float, Cell]) -> str:
+    speed, cell = pair
+    return f"{speed:.2f}x ({size_text(cell.size)}, {cell.dtype}, {cell.mode})"
 
 
-def _few(items: list[str]) -> str:
-    return items[0] if len(items) == 1 else f"{items[0]} and {len(items) - 1} more"
+def _lost(found: list[Cell]) -> str:
+    rows = []
+    for cell in found:
+        speed = cell.speed(cell.plain)
+        if speed is not None and speed < LOST:
+            over = (cell.ours.ms - cell.plain.ms) * 1e3
+            rows.append(
+                f"| `{cell.op}` | {size_text(cell.size)} | {cell.dtype} | {cell.mode} | {speed:.2f}x | {over:,.0f} us |"
+            )
+    if not rows:
+        return f"No cell is below {LOST} of plain PyTorch's speed."
+    head = [f"Lost, below {LOST} of plain PyTorch's speed:", ""]
+    head += ["| op | size | dtype | direction | speed | slower by |", "|---|---|---|---|---|---|"]
+    return "\n".join(head + rows)
 
 
-def _number(value: float | None, width: int) -> str:
-    if value is None:
-        return f"{'-':>{width}}"
-    return f"{value:{width}.3f}" if value < 10 else f"{value:{width}.1f}"
+def _untimed(rows: list[Row]) -> str:
+    reasons = Counter((row.op, row.provider, row.reason) for row in rows if row.ms is None)
+    by_reason: dict[tuple, list[str]] = {}
+    for op, provider, reason in reasons:
+        by_reason.setdefault((provider, reason), []).append(f"`{op}`")
+    lines = [f"- {provider} ({', '.join(ops)}): {reason}" for (provider, reason), ops in by_reason.items()]
+    return "\n".join(["Without a time:", "", *lines]) if lines else ""
 
 
-def _percent(value: float | None) -> str:
-    return f"{'-':>7}" if value is None else f"{value:7.0%}"
+def insert(file: Path, runs: dict[str, tuple[dict, list[Row]]], picture: Path) -> None:
+    """Writes the summary of all runs and a picture between the marker lines of a file.
 
-
-def short_table(path: Path) -> str:
-    """One line per cell of a JSON lines file: our fastest provider beside plain torch and torch.compile."""
-    cells: dict[tuple, dict[str, float]] = {}
-    reasons: dict[tuple, int] = {}
-    shares: dict[tuple, float | None] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        if entry["kind"] == "time":
-            key = (entry["op"], size_text(entry["size"]), entry["dtype"], entry["mode"])
-            cells.setdefault(key, {})[entry["provider"]] = entry["ms"]
-            shares[(*key, entry["provider"])] = entry.get("share")
-        elif entry["kind"] == "no time" and not entry["reason"].startswith("missing"):
-            key = (entry["op"], entry["provider"], entry["reason"][:90])
-            reasons[key] = reasons.get(key, 0) + 1
-    lines = [
-        f"{'op and size':52} {'dtype':9} {'mode':8} {'ours ms':>9} {'provider':14} {'of peak':>7} {'x torch':>8} {'x compile':>9}"
-    ]
-    for (op, size, dtype, mode), times in cells.items():
-        if mode == "both" and (op, size, dtype, "backward") in cells:
-            continue  # the sum of the two others, but for the host's part
-        own = {name: ms for name, ms in times.items() if name.startswith(OURS)}
-        if not own:
-            continue
-        best = min(own, key=own.get)
-        ratios = [times[name] / own[best] if name in times else None for name in ("torch", "torch.compile")]
-        lines.append(
-            f"{f'{op} {size}':52} {dtype:9} {mode:8} {own[best]:9.4f} {best:14} {_percent(shares[op, size, dtype, mode, best])}"
-            f" {_number(ratios[0], 8)} {_number(ratios[1], 9)}"
-        )
-    lines += [f"no time: {' '.join(key)} ({count} times)" for key, count in reasons.items()]
-    return "\n".join(lines)
+    Raises:
+        SystemExit: the file does not have exactly two marker lines.
+    """
+    text = file.read_text(encoding="utf-8")
+    before, *middle = text.split(MARK)
+    if len(middle) != 2:
+        raise SystemExit(f"report: {file} must hold the line {MARK} twice, once above and once below the table")
+    found = [cell for _, rows in runs.values() for cell in cells(rows)]
+    machines = dict.fromkeys(stamp(machine) for machine, _ in runs.values())
+    where = os.path.relpath(picture, file.parent)
+    block = "\n\n".join(["\n".join(machines), summary(found), f"![speed relative to plain PyTorch]({where})"])
+    file.write_text(f"{before}{MARK}\n{block}\n{MARK}{middle[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    print(short_table(Path(sys.argv[1])))
+    raise SystemExit(main())

@@ -1,20 +1,24 @@
-"""`python -m benchmarks run`: times the ops and prints a table."""
+"""`python -m benchmarks run`: times the ops, prints tables, leaves a page with pictures."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from benchmarks import report
 from benchmarks.harness import Bench, Row, measure
+from benchmarks.lines import Lines, size_text
+from benchmarks.machine import machine
 from benchmarks.peaks import peaks, set_shares
-from benchmarks.report import Lines, machine, size_text, table
+from benchmarks.progress import Progress
+from benchmarks.tables import table
 
+COMPILED = ("torch.compile", "compiled", "flex")  # the names under which benchmark files have what torch compiles
 SECONDS = {"tiny": 0.01, "quick": 0.3, "full": 1.0}  # per size, dtype and mode
 
 
@@ -36,27 +40,33 @@ def benches(stem: str) -> list[Bench]:
     return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
-def run_op(
-    stem: str,
-    suite: str,
-    device: str,
-    lines: Lines,
-    rates: dict[str, float],
-    wanted: Callable[[str], bool] = lambda provider: True,
-) -> list[Row]:
-    """Measures one op, writing lines as it goes and a progress line on stderr; returns the rows. `rates` are peaks()'s."""
-    rows: list[Row] = []
-    for bench in benches(stem):
-        for size in bench.sizes_of(suite, device):
-            for dtype in bench.dtypes[device]:
-                start = time.monotonic()
-                found = measure(bench, size, dtype, device, seconds=SECONDS[suite], wanted=wanted)
-                set_shares(found, rates)
-                lines.add(found)
-                rows += found
-                took = time.monotonic() - start
-                print(f"  {bench.op} {size_text(size)} {str(dtype)[6:]}: {took:.1f} s", file=sys.stderr, flush=True)
-    return rows
+@dataclass(frozen=True)
+class Run:
+    """What holds for every cell of a run: where, how long, by whom, and where the rows go."""
+
+    suite: str
+    device: str
+    lines: Lines
+    rates: dict[str, float]  # peaks()'s
+    wanted: Callable[[str], bool] = lambda provider: True
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def cells(self, stem: str) -> list[tuple[Bench, dict, torch.dtype]]:
+        """What measuring one op takes: each bench, size and dtype."""
+        return [
+            (bench, size, dtype)
+            for bench in benches(stem)
+            for size in bench.sizes_of(self.suite, self.device)
+            for dtype in bench.dtypes[self.device]
+        ]
+
+    def measure(self, bench: Bench, size: dict, dtype: torch.dtype) -> list[Row]:
+        """The rows of one cell, which are written at once: a run that is stopped keeps them."""
+        seconds = SECONDS[self.suite]
+        found = measure(bench, size, dtype, self.device, seconds=seconds, wanted=self.wanted, left_out=self.left_out)
+        set_shares(found, self.rates)
+        self.lines.add(found)
+        return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,22 +77,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--provider", action="append", help="measure only this one (several allowed) and the plain one")
     parser.add_argument("--skip", action="append", default=[], help="leave this provider out (several allowed)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="folder; rows are appended to ops.jsonl there")
+    parser.add_argument("--out", type=Path, help="folder; rows are appended to ops.jsonl there, then a page is written")
+    parser.add_argument("--no-page", action="store_true", help="leave the page and its pictures out")
     parser.add_argument("--list", action="store_true", help="print the ops that have a benchmark, and stop")
     options = parser.parse_args(argv)
     if options.list:
         print("\n".join(ops_with_benchmarks()))
         return 0
-    rates = peaks((torch.float32, torch.bfloat16)) if options.device == "cuda" else {}
+    stems = options.op or ops_with_benchmarks()
+    rates = {} if options.suite == "tiny" else peaks((torch.float32, torch.bfloat16), options.device)
     header = machine(options.device) | {name: round(value, 3) for name, value in rates.items()}
     print("  ".join(f"{k}: {v}" for k, v in header.items() if k != "kind"))
-    lines = Lines(options.out and options.out / "ops.jsonl", header)
 
     def wanted(provider: str) -> bool:
         return provider not in options.skip and (not options.provider or provider in options.provider)
 
-    for stem in options.op or ops_with_benchmarks():
-        print(table(run_op(stem, options.suite, options.device, lines, rates, wanted)), "\n", flush=True)
+    left_out = {}
+    if options.device == "cpu" and options.suite != "full" and not options.provider:
+        left_out = dict.fromkeys(COMPILED, "missing: compiling takes minutes on a CPU; --suite full has it")
+    lines = Lines(options.out and options.out / "ops.jsonl", header)
+    run = Run(options.suite, options.device, lines, rates, wanted, left_out)
+    work = {stem: run.cells(stem) for stem in stems}
+    with Progress(sum(map(len, work.values()))) as progress:
+        for todo in work.values():
+            rows: list[Row] = []
+            for cell in todo:
+                progress.now(f"{cell[0].op} {size_text(cell[1])} {str(cell[2])[6:]}")
+                rows += run.measure(*cell)
+                progress.done()
+            print(table(rows), "\n", flush=True)
+    if options.out and not options.no_page:
+        report.main([str(options.out)])
     return 0
 
 

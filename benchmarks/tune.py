@@ -25,7 +25,8 @@ import torch
 
 from benchmarks.clock import quartiles, time_calls
 from benchmarks.harness import failure
-from benchmarks.report import Lines, machine
+from benchmarks.lines import Lines
+from benchmarks.machine import machine
 
 Setting = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, num_warps, num_stages
 

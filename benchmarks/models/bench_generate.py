@@ -17,17 +17,20 @@ import torch
 
 import fastlm
 from benchmarks.clock import quartiles, time_calls
-from benchmarks.report import Lines, machine
+from benchmarks.lines import Lines
+from benchmarks.machine import machine
+from benchmarks.models.cost import decode_bytes
+from benchmarks.peaks import peaks
 from fastlm.models import Transformer, preset
 
-MODELS = ("gpt2-6x384", "llama-6x384")
+MODELS = {"cpu": ("gpt2-6x384", "llama-6x384"), "cuda": ("gpt2", "llama-3.2-1b")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BASELINE = "transformers"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models.bench_generate", description=__doc__)
-    parser.add_argument("--model", action="append", help=f"a preset (several allowed); default {', '.join(MODELS)}")
+    parser.add_argument("--model", action="append", help=f"a preset (several allowed); default {MODELS}")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default both")
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--new", type=int, default=128)
@@ -35,15 +38,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder; rows are appended to generate.jsonl there")
     options = parser.parse_args(argv)
-    header = machine(options.device)
+    rates = peaks((), options.device)
+    header = machine(options.device) | {name: round(value, 3) for name, value in rates.items()}
     print("  ".join(f"{k}: {v}" for k, v in header.items() if k != "kind"))
     lines = Lines(options.out and options.out / "generate.jsonl", header)
-    for name in options.model or MODELS:
+    for name in options.model or MODELS[options.device]:
         for dtype in options.dtype or DTYPES:
-            for row in measure(name, dtype, options):
+            for row in measure(name, dtype, options, rates):
                 print(
                     f"{row['model']:14} {row['dtype']:5} {row['provider']:18} {row['tokens_per_second']:7,.0f} tokens/s "
                     f"{row['ms']:8.1f} ms ({row['q1']:.1f} - {row['q3']:.1f})  {row['ratio']:5.2f}x  "
+                    f"{row['share']:4.0%} of copy rate  "
                     f"{row['same']} of {options.new} tokens as {BASELINE}",
                     flush=True,
                 )
@@ -51,8 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(name: str, dtype: str, options: argparse.Namespace) -> list[dict]:
-    """One row per provider. Raises AssertionError if a provider's fp32 tokens differ from transformers'."""
+def measure(name: str, dtype: str, options: argparse.Namespace, rates: dict[str, float]) -> list[dict]:
+    """One row per provider; "share" is cost.decode_bytes over the time and the measured rate of a copy.
+
+    Raises AssertionError if a provider's fp32 tokens differ from transformers'.
+    """
     torch.manual_seed(0)
     calls = providers(name, DTYPES[dtype], options)
     texts = {provider: call()[0].tolist()[options.prompt :] for provider, call in calls.items()}
@@ -60,12 +68,15 @@ def measure(name: str, dtype: str, options: argparse.Namespace) -> list[dict]:
     if dtype == "fp32":
         assert all(n == options.new for n in same.values()), f"{name}: tokens that agree with {BASELINE}: {same}"
     samples = dict(zip(calls, time_calls(list(calls.values()), options.device, options.seconds)))
+    config, length = preset(name), options.prompt + options.new // 2
+    read = decode_bytes(config, torch.empty((), dtype=DTYPES[dtype]).element_size(), length)
     rows = []
     for provider, times in samples.items():
         q1, median, q3 = quartiles(times)
         ratio = quartiles([a / b for a, b in zip(samples[BASELINE], times)])[1]
         size = {"model": name, "dtype": dtype, "prompt": options.prompt, "new": options.new}
         speed = {"ms": median, "q1": q1, "q3": q3, "tokens_per_second": options.new / median * 1e3, "ratio": ratio}
+        speed["share"] = options.new * read / median / 1e6 / rates["copy_gbps"]
         rows.append({"kind": "generate", **size, "provider": provider, "same": same[provider], **speed})
     return rows
 

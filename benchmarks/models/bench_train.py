@@ -16,43 +16,56 @@ import torch
 from torch import Tensor
 
 import fastlm
-from benchmarks.harness import quartiles, time_calls
-from benchmarks.report import Lines, machine
+from benchmarks.clock import peak_mb, quartiles, time_calls
+from benchmarks.lines import Lines
+from benchmarks.machine import machine
+from benchmarks.models.cost import train_flops
+from benchmarks.peaks import peaks
 from fastlm.models import Transformer, preset
 
-MODELS = ("gpt2-6x384", "llama-6x384")
+MODELS = {"cpu": ("gpt2-6x384", "llama-6x384"), "cuda": ("gpt2", "llama-3.2-1b")}
+SHAPE = {"cpu": (4, 256), "cuda": (8, 1024)}  # batch, context
+PEAK = {"fp32": "float32_tflops", "bf16": "bfloat16_tflops"}
 BASELINE = "transformers"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models.bench_train", description=__doc__)
-    parser.add_argument("--model", action="append", help=f"a preset (several allowed); default {', '.join(MODELS)}")
+    parser.add_argument("--model", action="append", help=f"a preset (several allowed); default {MODELS}")
     parser.add_argument("--dtype", action="append", choices=("fp32", "bf16"), help="default both")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--batch", type=int, help="default 4, on a GPU 8")
+    parser.add_argument("--context", type=int, help="default 256, on a GPU 1024")
     parser.add_argument("--compile", action="store_true", help="also time both compiled; takes minutes")
     parser.add_argument("--mode", choices=("step", "backward"), default="step", help="backward leaves AdamW out")
     parser.add_argument("--seconds", type=float, default=40.0, help="per model and dtype")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder; rows are appended to train.jsonl there")
     options = parser.parse_args(argv)
-    header = machine(options.device)
+    batch, context = SHAPE[options.device]
+    options.batch, options.context = options.batch or batch, options.context or context
+    rates = peaks((torch.float32, torch.bfloat16), options.device)
+    header = machine(options.device) | {name: round(value, 3) for name, value in rates.items()}
     print("  ".join(f"{k}: {v}" for k, v in header.items() if k != "kind"))
     lines = Lines(options.out and options.out / "train.jsonl", header)
-    for name in options.model or MODELS:
+    for name in options.model or MODELS[options.device]:
         for dtype in options.dtype or ("fp32", "bf16"):
-            for row in measure(name, dtype, options):
+            for row in measure(name, dtype, options, rates):
+                memory = f"{row['peak_mb']:9,.0f} MiB" if row["peak_mb"] else ""
                 print(
                     f"{row['model']:14} {row['dtype']:5} {row['provider']:22} {row['tokens_per_second']:9,.0f} tokens/s "
-                    f"{row['ms']:9.1f} ms ({row['q1']:.1f} - {row['q3']:.1f})  {row['ratio']:5.2f}x",
+                    f"{row['ms']:9.1f} ms ({row['q1']:.1f} - {row['q3']:.1f})  {row['ratio']:5.2f}x"
+                    f"  MFU {row['mfu']:4.0%}{memory}",
                     flush=True,
                 )
                 lines.write([row])
     return 0
 
 
-def measure(name: str, dtype: str, options: argparse.Namespace) -> list[dict]:
-    """One row per provider. Raises AssertionError if a provider's loss or gradient norm differs from transformers'."""
+def measure(name: str, dtype: str, options: argparse.Namespace, rates: dict[str, float]) -> list[dict]:
+    """One row per provider; "mfu" is cost.train_flops over the time and the measured rate of a large product.
+
+    Raises AssertionError if a provider's loss or gradient norm differs from transformers'.
+    """
     config = preset(name, max_positions=max(options.context, 1024))
     torch.manual_seed(0)
     text = torch.randint(config.vocab_size, (options.batch, options.context + 1), device=options.device)
@@ -65,12 +78,15 @@ def measure(name: str, dtype: str, options: argparse.Namespace) -> list[dict]:
             allowed = (1e-4 if dtype == "fp32" else 1e-2) * want
             assert abs(got - want) <= allowed, f"{name} {dtype} {provider}: {got}, {BASELINE} has {want}"
     samples = dict(zip(calls, time_calls(list(calls.values()), options.device, options.seconds)))
+    flops = train_flops(config, options.batch, options.context)
     rows = []
     for provider, times in samples.items():
         q1, median, q3 = quartiles(times)
         ratio = quartiles([a / b for a, b in zip(samples[BASELINE], times)])[1]
         size = {"model": name, "dtype": dtype, "mode": options.mode, "batch": options.batch, "context": options.context}
         speed = {"ms": median, "q1": q1, "q3": q3, "tokens_per_second": tokens.numel() / median * 1e3, "ratio": ratio}
+        speed["mfu"] = flops / median / 1e9 / rates[PEAK[dtype]]
+        speed["peak_mb"] = peak_mb(calls[provider]) if options.device == "cuda" else None
         rows.append({"kind": "train", **size, "provider": provider, **speed})
     return rows
 

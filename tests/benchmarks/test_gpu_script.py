@@ -1,5 +1,6 @@
 """benchmarks/gpu.sh: its errors, and (slow) the whole path on a CPU."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -23,6 +24,23 @@ def test_help_and_unknown_option():
     assert done.returncode == 0 and "benchmarks/gpu.sh [--dry]" in done.stdout and "set -" not in done.stdout
     done = _run("--fast")
     assert done.returncode == 2 and done.stderr.strip() == "gpu.sh: unknown option --fast; see --help"
+    done = _run("--only", "everything")
+    assert (
+        done.returncode == 2 and "--only takes correctness, ops, attention or models, not 'everything'" in done.stderr
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses on a CPU")
+def test_one_part(tmp_path):
+    done = _run("--dry", "--only", "models", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = (tmp_path / "summary.txt").read_text()
+    assert "tests:" not in summary and (tmp_path / "ops.jsonl").read_text() == ""
+    for name in ("train", "generate"):
+        last = json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[-1])
+        assert last["kind"] == name and last["provider"].startswith("fastlm") and last["ms"] > 0
+    assert summary.count("tokens/s") == 5 and "MFU" in summary and "of copy rate" in summary
 
 
 @pytest.mark.slow
@@ -30,7 +48,8 @@ def test_help_and_unknown_option():
 def test_rehearsal(tmp_path):
     done = _run("--dry", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["ops.jsonl", "ops.txt", "summary.txt", "tests.txt"]
+    names = ["generate.jsonl", "ops.jsonl", "ops.txt", "summary.txt", "tests.txt", "train.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert "installed the checkout" in summary and "tests: exit status 0" in summary
     assert f"{os.sep}site{os.sep}fastlm{os.sep}__init__.py" in summary  # the installed one, not the checkout

@@ -8,8 +8,10 @@ import torch
 
 from benchmarks import clock, harness, run
 from benchmarks.harness import Bench, Provider, Row, measure, plain
+from benchmarks.lines import Lines
+from benchmarks.machine import machine
 from benchmarks.peaks import set_shares
-from benchmarks.report import Lines, machine, short_table, table
+from benchmarks.tables import short_table, table
 
 
 def _make(dtype, device, n):
