@@ -10,6 +10,7 @@ from fastlm.ops.attention_options import RelativeBias
 from fastlm.ops.block_mask import BlockMask
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.decode_attention import decode_attention
+from fastlm.ops.global_norm import global_norm
 from fastlm.ops.kl_div import kl_div
 from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
@@ -18,6 +19,7 @@ from fastlm.ops.linear_logprobs import linear_logprobs
 from fastlm.ops.lora_linear import lora_linear
 from fastlm.ops.mlp import gated_mlp, mlp
 from fastlm.ops.newton_schulz import newton_schulz
+from fastlm.ops.quantized_linear import quantized_linear
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import rotary
 from fastlm.ops.softmax import softmax
@@ -35,6 +37,7 @@ __all__ = [
     "decode_attention",
     "explain",
     "gated_mlp",
+    "global_norm",
     "glu",
     "kl_div",
     "layer_norm",
@@ -44,6 +47,7 @@ __all__ = [
     "lora_linear",
     "mlp",
     "newton_schulz",
+    "quantized_linear",
     "received_attention",
     "rms_norm",
     "rotary",

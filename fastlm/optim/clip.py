@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fastlm import ops
+
 
 def global_norm(grads: Iterable[Tensor | None]) -> Tensor:
     """The Euclidean norm of all gradients taken as one vector.
@@ -23,18 +25,10 @@ def global_norm(grads: Iterable[Tensor | None]) -> Tensor:
 
     Returns:
         0-d tensor on the device of the first gradient, fp64 if every gradient is fp64, else fp32 (half types are summed in
-        fp32 and the result is not rounded back). No gradients give 0. Inf or NaN in any gradient gives inf or NaN.
+        fp32 and the result is not rounded back). No gradients give 0. Inf or NaN in any gradient gives inf or NaN. See
+        `fastlm.ops.global_norm`.
     """
-    grads = [g.detach() for g in grads if g is not None]
-    if not grads:
-        return torch.zeros(())
-    dtypes = {g.dtype for g in grads}
-    if dtypes <= {torch.float32} or dtypes <= {torch.float64}:
-        norm = torch.nn.utils.get_total_norm(grads)  # one multi-tensor launch per device
-    else:
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
-        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return ops.global_norm(g for g in grads if g is not None)
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:

@@ -1,0 +1,130 @@
+"""The norm of all gradients taken as one vector, for clipping and for skipping steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastlm.ops._op import Op
+
+# Elements squared at a time by the torch form. Its error grows with them, and 16-bit ones are made fp32 first, in the cache.
+# Measured on one core, 16.8 M elements in fp32: 2.7 ms at 2^18, error 4e-7; 2.2 ms in one vector_norm, error 7e-4.
+_PIECE, _CACHED = 1 << 18, 1 << 15
+
+
+def _reference(tensors: Sequence[Tensor]) -> Tensor:
+    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)).to(_out_dtype(tensors))
+
+
+def _torch(tensors: Sequence[Tensor]) -> Tensor:
+    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        dtype = _out_dtype(tensors)
+        norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+        return torch.linalg.vector_norm(torch.stack([n.to(dtype) for n in norms]))
+    squares, cached = [], None
+    for t in tensors:
+        flat = t.reshape(-1)
+        if t.dtype in (torch.float32, torch.float64):
+            squares += [torch.dot(part, part) for part in (flat.split(_PIECE) if flat.numel() > _PIECE else (flat,))]
+            continue
+        if cached is None:
+            cached = torch.empty(_CACHED, dtype=torch.float32)
+        for part in flat.split(_CACHED):
+            wide = cached[: part.numel()].copy_(part)
+            squares.append(torch.dot(wide, wide))
+    total = torch.stack(squares) if len({s.dtype for s in squares}) == 1 else torch.stack([s.double() for s in squares])
+    total = total.sum(dtype=torch.float64).sqrt()
+    if not math.isfinite(total.item()):  # squares may overflow where the norm does not
+        return _reference(tensors)
+    return total.to(_out_dtype(tensors))
+
+
+def _out_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if all(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+OP = Op(
+    "global_norm",
+    "(Tensor[] tensors, str backend) -> Tensor",
+    reference=_reference,
+    torch=_torch,
+    kernels={"triton": ("global_norm:global_norm", None)},
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+)
+
+OP.fake(lambda tensors, backend: torch.empty((), dtype=torch.float32, device=tensors[0].device))
+
+
+@torch.no_grad()
+def global_norm(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
+    """The Euclidean norm of all tensors taken as one vector, sqrt(sum of squares of all elements).
+
+    Args:
+        tensors: any shapes, strides, sizes (also none) and devices; fp16, bf16, fp32 and fp64, mixed at will; only read.
+            A DTensor counts as the whole tensor: one reduction over the mesh for all that are divided alike.
+
+    Returns:
+        0-d tensor on the device of the first, fp64 if all are fp64, else fp32 (16-bit types are summed in fp32, partial sums of
+        the torch form in fp64). No tensors give 0. NaN in any gives NaN, else infinity gives infinity. Finite elements give a
+        finite norm, up to fp32's largest number: squares that overflow are scaled (torch form on a GPU: they do overflow).
+        No gradient flows through it. Bitwise repeatable; no host sync.
+
+    Raises:
+        TypeError: a tensor that is not real floating point, or sparse. ValueError: an unknown or unsupported backend.
+
+    Backends: triton (fp32, bf16, fp16; one launch per dtype and one that adds up; compute capability >= 8.0), torch (the CPU
+    default), reference.
+    """
+    tensors = [t.detach() for t in tensors]
+    for i, t in enumerate(tensors):
+        if not t.is_floating_point() or t.layout != torch.strided:
+            what = t.dtype if t.layout == torch.strided else t.layout
+            raise TypeError(f"global_norm: tensors[{i}] must be dense and real floating point, got {what}")
+    if not tensors:
+        return torch.zeros(())
+    dtype, device = _out_dtype(tensors), tensors[0].device
+    groups: dict[tuple, list[Tensor]] = {}
+    for t in tensors:
+        mesh, sums = None, ()
+        if type(t).__name__ == "DTensor":
+            t, mesh, sums = _local(t)
+        groups.setdefault((t.device, mesh, sums), []).append(t)
+    if len(groups) == 1 and mesh is None:
+        return _plain_norm(tensors, dtype, backend)
+    squares = []
+    for (_, mesh, sums), group in groups.items():
+        square = _plain_norm(group, dtype, backend).double().square()
+        squares.append((square if mesh is None else _over_mesh(square, mesh, sums)).to(device))
+    return torch.stack(squares).sum().sqrt().to(dtype)
+
+
+def _plain_norm(tensors: list[Tensor], dtype: torch.dtype, backend: str) -> Tensor:
+    """The norm of plain tensors on one device."""
+    firsts = {t.dtype: t for t in tensors}
+    backend = OP.choose(backend, *firsts.values())
+    filled = [t for t in tensors if t.numel()]
+    if not filled:
+        return torch.zeros((), dtype=dtype, device=tensors[0].device)
+    if backend in OP.plain_forms:
+        return OP.plain(backend, filled).to(dtype)
+    return OP.forward([t.contiguous() for t in filled], backend)
+
+
+def _local(t: Tensor) -> tuple[Tensor, object, tuple[bool, ...]]:
+    """-> this process's part of a DTensor, its mesh, and over which dimensions of the mesh squares are to be added."""
+    from torch.distributed.tensor import Replicate
+
+    if any(place.is_partial() for place in t.placements):
+        t = t.redistribute(placements=[Replicate() if place.is_partial() else place for place in t.placements])
+    return t.to_local(), t.device_mesh, tuple(not place.is_replicate() for place in t.placements)
+
+
+def _over_mesh(square: Tensor, mesh: object, sums: tuple[bool, ...]) -> Tensor:
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    places = [Partial() if add else Replicate() for add in sums]
+    return DTensor.from_local(square, mesh, places, run_check=False).full_tensor()
