@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 _FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
 
@@ -118,3 +120,12 @@ def peak_mb(call: Callable) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def launches(call: Callable) -> int:
+    """How many kernels, copies and fills the call puts on the GPU."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in recorded.events())

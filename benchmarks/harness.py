@@ -21,7 +21,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from benchmarks.clock import host_us, peak_mb, quartiles, time_calls
+from benchmarks.clock import host_us, launches, peak_mb, quartiles, time_calls
 from fastlm.ops._op import REGISTRY
 from fastlm.testing import assert_accurate
 
@@ -152,6 +152,7 @@ class Row:
     speedup: float | None = None  # over the plain provider of the same cell
     host_us: float | None = None  # time for the host to queue the call (GPU only)
     peak_mb: float | None = None  # device memory the call needs beyond its arguments (GPU only)
+    launches: int | None = None  # kernels, copies and fills (GPU only, where asked for)
     reason: str | None = None  # "missing: ...", "failed: ..." or "wrong: ..."
 
 
@@ -266,6 +267,7 @@ def measure(
     seconds: float,
     wanted: Callable[[str], bool] = lambda provider: True,
     left_out: Mapping[str, str] | None = None,
+    count_launches: bool = False,
 ) -> list[Row]:
     """Every mode and provider at one size and dtype: the gate first, then the times.
 
@@ -273,6 +275,7 @@ def measure(
         seconds: time to spend on each mode.
         wanted: names of the providers to measure; the plain one always is.
         left_out: providers that get a row with this reason instead of a time.
+        count_launches: on a GPU, by the profiler, which takes a second each.
     """
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -307,12 +310,12 @@ def measure(
     rows = [Row(**cell, mode="all", provider=name, reason=reason) for name, reason in reasons.items()]
     names = [name for name in fns if name not in reasons]
     for mode in bench.modes:
-        rows += _measure_mode(bench, cell, mode, {n: fns[n] for n in names}, args, device, seconds)
+        rows += _measure_mode(bench, cell, mode, {n: fns[n] for n in names}, args, device, seconds, count_launches)
     return rows
 
 
 def _measure_mode(
-    bench: Bench, cell: dict, mode: str, fns: dict, args: tuple, device: str, seconds: float
+    bench: Bench, cell: dict, mode: str, fns: dict, args: tuple, device: str, seconds: float, count_launches: bool
 ) -> list[Row]:
     rows, calls = [], {}
     for name, fn in fns.items():
@@ -335,6 +338,7 @@ def _measure_mode(
             row.tflops = work["flops"] / ms / 1e9
         if device == "cuda":
             row.host_us, row.peak_mb = host_us(call), peak_mb(call)
+            row.launches = launches(call) if count_launches else None
         rows.append(row)
     base = next((r.ms for r in rows if r.provider == bench.plain), None)
     for row in rows:

@@ -50,6 +50,7 @@ class Run:
     rates: dict[str, float]  # peaks()'s
     wanted: Callable[[str], bool] = lambda provider: True
     left_out: dict[str, str] = field(default_factory=dict)
+    count_launches: bool = False
 
     def cells(self, stem: str) -> list[tuple[Bench, dict, torch.dtype]]:
         """What measuring one op takes: each bench, size and dtype."""
@@ -62,8 +63,16 @@ class Run:
 
     def measure(self, bench: Bench, size: dict, dtype: torch.dtype) -> list[Row]:
         """The rows of one cell, which are written at once: a run that is stopped keeps them."""
-        seconds = SECONDS[self.suite]
-        found = measure(bench, size, dtype, self.device, seconds=seconds, wanted=self.wanted, left_out=self.left_out)
+        found = measure(
+            bench,
+            size,
+            dtype,
+            self.device,
+            seconds=SECONDS[self.suite],
+            wanted=self.wanted,
+            left_out=self.left_out,
+            count_launches=self.count_launches,
+        )
         set_shares(found, self.rates)
         self.lines.add(found)
         return found
@@ -78,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--skip", action="append", default=[], help="leave this provider out (several allowed)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder; rows are appended to ops.jsonl there, then a page is written")
+    parser.add_argument("--launches", action="store_true", help="count kernel launches, which takes a second per time")
     parser.add_argument("--no-page", action="store_true", help="leave the page and its pictures out")
     parser.add_argument("--list", action="store_true", help="print the ops that have a benchmark, and stop")
     options = parser.parse_args(argv)
@@ -96,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.device == "cpu" and options.suite != "full" and not options.provider:
         left_out = dict.fromkeys(COMPILED, "missing: compiling takes minutes on a CPU; --suite full has it")
     lines = Lines(options.out and options.out / "ops.jsonl", header)
-    run = Run(options.suite, options.device, lines, rates, wanted, left_out)
+    run = Run(options.suite, options.device, lines, rates, wanted, left_out, options.launches)
     work = {stem: run.cells(stem) for stem in stems}
     with Progress(sum(map(len, work.values()))) as progress:
         for todo in work.values():

@@ -14,7 +14,7 @@ def table(rows: list[Row]) -> str:
     """The rows of one op as aligned text, a block per (size, dtype, mode), the reasons for missing times at the end."""
     rate = "TFLOP/s" if any(r.tflops is not None for r in rows) else "GB/s"
     lines = [
-        f"{'provider':16} {'ms':>10} {'quartiles':>21} {rate:>9} {'of peak':>7} {'x plain':>8}  {'host us':>8} {'peak MiB':>9}"
+        f"{'provider':16} {'ms':>10} {'quartiles':>21} {rate:>9} {'of peak':>7} {'x plain':>8}  {'host us':>8} {'peak MiB':>9} {'launches':>8}"
     ]
     cell = None
     for r in rows:
@@ -27,7 +27,7 @@ def table(rows: list[Row]) -> str:
         lines.append(
             f"{r.provider:16} {r.ms:10.4f} {f'{r.q1:.4f} - {r.q3:.4f}':>21} {_number(value, 9)} {_percent(r.share)}"
             f" {_number(r.speedup, 8)}"
-            f"  {_number(r.host_us, 8)} {_number(r.peak_mb, 9)}"
+            f"  {_number(r.host_us, 8)} {_number(r.peak_mb, 9)} {r.launches or '-':>8}"
         )
     reasons: dict[tuple, list[str]] = {}
     for r in rows:

@@ -33,11 +33,28 @@ def traffic(mode, logits, target, label_smoothing):
     return {"forward": 1, "backward": 2}[mode] * logits.nbytes
 
 
+def quack():
+    from quack.cross_entropy import cross_entropy
+
+    def step(logits, target, label_smoothing):
+        if label_smoothing:
+            raise NotImplementedError("QuACK has no label smoothing")
+        return cross_entropy(logits, target)
+
+    return step
+
+
 BENCH = Bench(
     op="cross_entropy",
     make=make,
     reference=lambda *args: op(*args, backend="reference"),
-    providers=[*ours("cross_entropy", op), plain(by_hand), compiled(by_hand), Provider("liger", liger)],
+    providers=[
+        *ours("cross_entropy", op),
+        plain(by_hand),
+        compiled(by_hand),
+        Provider("liger", liger),
+        Provider("quack", quack),
+    ],
     sizes={
         "tiny": [{"M": 8, "V": 48}],
         "cpu": [{"M": 512, "V": 8192}, {"M": 256, "V": 1024, "label_smoothing": 0.1}, {"M": 8, "V": 64}],

@@ -1,4 +1,4 @@
-"""linear_cross_entropy against the two calls that hold all logits, torch's own chunked form and Liger's."""
+"""linear_cross_entropy against the two calls that hold all logits, torch's own chunked form, Liger, CCE, QuACK."""
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,18 @@ def liger():
     return liger_fused_linear_cross_entropy
 
 
+def cut():
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def quack():
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy
+
+
 def flops(mode, hidden, weight, target):
     return {"forward": 2, "backward": 4}[mode] * hidden.numel() * weight.shape[0]
 
@@ -57,6 +69,8 @@ BENCH = Bench(
         compiled(by_hand),
         Provider("torch chunked", torch_chunked),
         Provider("liger", liger),
+        Provider("cut-cross-entropy", cut),
+        Provider("quack", quack),
     ],
     sizes={
         "tiny": [{"M": 8, "D": 16, "V": 48}],

@@ -179,6 +179,29 @@ def test_the_gpu_clock_flushes_first_and_leaves_the_flush_out(monkeypatch):
     assert len(flushes) >= len(one) * (1 + 4)
 
 
+def test_launches_are_what_the_profiler_saw_on_the_gpu(monkeypatch):
+    from types import SimpleNamespace
+
+    class Profile:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def events(self):
+            kinds = [clock.DeviceType.CPU, *[clock.DeviceType.CUDA] * len(called)]
+            return [SimpleNamespace(device_type=kind) for kind in kinds]
+
+    called = []
+    monkeypatch.setattr(clock, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert clock.launches(lambda: called.extend("abc")) == 3
+
+
 @pytest.mark.parametrize("stem", run.ops_with_benchmarks())
 def test_every_benchmark_file_runs(stem, monkeypatch):
     # torch.compile is left out: seconds per size for a form that is not ours.
