@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 from benchmarks.harness import Row
-from benchmarks.lines import cells, read, size_key, size_text
+from benchmarks.lines import LOST, Cell, cells, read, size_text
 
 
 def table(rows: list[Row]) -> str:
     """The rows of one op as aligned text, a block per (size, dtype, mode), the reasons for missing times at the end."""
     rate = "TFLOP/s" if any(r.tflops is not None for r in rows) else "GB/s"
     lines = [
-        f"{'provider':16} {'ms':>10} {'quartiles':>21} {rate:>9} {'of peak':>7} {'x plain':>8}  {'host us':>8} {'peak MiB':>9} {'launches':>8}"
+        f"{'provider':16} {'ms':>10} {'quartiles':>21} {rate:>9} {'of peak':>7} {'x plain':>8}  {'host us':>8} {'peak MiB':>9}"
+        f" {'launches':>8}"
     ]
     cell = None
     for r in rows:
@@ -52,25 +55,37 @@ def _percent(value: float | None) -> str:
 
 
 def short_table(path: Path) -> str:
-    """One line per cell of a JSON lines file: our fastest provider beside plain torch and torch.compile."""
+    """One line per op, dtype and direction: our fastest provider beside plain torch and torch.compile, at the worst size and the
+    middle one, and its share of the machine's peak; then what has no time and why. Missing providers are left out."""
     _, rows = read(path)
-    found = cells(rows)
-    apart = {(c.op, size_key(c.size), c.dtype) for c in found if c.mode == "backward"}
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in cells(rows):
+        if cell.ours:
+            groups.setdefault((cell.op, cell.dtype, cell.mode), []).append(cell)
     lines = [
-        f"{'op and size':52} {'dtype':9} {'mode':8} {'ours ms':>9} {'provider':14} {'of peak':>7} {'x torch':>8} {'x compile':>9}"
+        f"{'least, middle of the sizes':42} {'sizes':>5}  {'of peak':24}{'speed to torch':24}{'to torch.compile':24}{'lost':>5}"
     ]
-    for cell in found:
-        ours = cell.ours
-        if ours is None or (cell.mode == "both" and (cell.op, size_key(cell.size), cell.dtype) in apart):
-            continue  # "both" is the sum of the two others, but for the host's part
+    for (op, dtype, mode), members in groups.items():
+        if mode == "both" and (op, dtype, "backward") in groups:
+            continue  # the sum of the two others, but for the host's part
+        plain = [cell.speed(cell.plain) for cell in members]
+        compiled = [cell.speed(cell.rows.get("torch.compile")) for cell in members]
         lines.append(
-            f"{f'{cell.op} {size_text(cell.size)}':52} {cell.dtype:9} {cell.mode:8} {ours.ms:9.4f} {ours.provider:14}"
-            f" {_percent(ours.share)} {_number(cell.speed(cell.plain), 8)}"
-            f" {_number(cell.speed(cell.rows.get('torch.compile')), 9)}"
+            f"{op:24} {dtype:8} {mode:8} {len(members):5}  {_spread([c.ours.share for c in members], _percent):24}"
+            f"{_spread(plain, _times):24}{_spread(compiled, _times):24}{sum(s is not None and s < LOST for s in plain):5}"
         )
     reasons = Counter((r.op, r.provider, r.reason[:90]) for r in rows if r.ms is None)
     lines += [f"no time: {' '.join(key)} ({n} times)" for key, n in reasons.items() if not key[2].startswith("missing")]
     return "\n".join(lines)
+
+
+def _spread(values: list[float | None], form: Callable[[float], str]) -> str:
+    known = [v for v in values if v is not None]
+    return f"{form(min(known)).strip()}, {form(median(known)).strip()}" if known else "-"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}"
 
 
 if __name__ == "__main__":
