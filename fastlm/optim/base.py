@@ -67,6 +67,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # --- what a subclass says -------------------------------------------------------------------------------------
 
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """`MOMENTS` of the parameters of one group, where groups differ in them."""
+        return self.MOMENTS
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises UserError for hyperparameters out of range; lr, weight_decay and eps have been looked at."""
 
@@ -236,7 +240,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 common[name] = [s[key] for s in states]
         if "average" in kinds:
             common["average_decay"] = group["average_decay"]
-        for name in self.MOMENTS:
+        for name in self._moments(group):
             if f"{name}_scale" in kinds:
                 common[f"{name}_scales"] = [s[f"{name}_scale"] for s in states]
         if group.get("precision") == "stochastic" and params[0].dtype == torch.bfloat16:

@@ -40,7 +40,7 @@ def moment_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
 
 def complete(optimizer: Any, p: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Adds to a parameter's state, in place, what it lacks for its next step."""
-    for name in optimizer.MOMENTS:
+    for name in optimizer._moments(group):
         if name not in state:
             state[name] = torch.zeros_like(p, dtype=moment_dtype(p, group), memory_format=torch.preserve_format)
     precision = group.get("precision")
@@ -90,7 +90,7 @@ def _fitted(optimizer: Any, p: Tensor, group: dict[str, Any], saved: dict[str, A
                 fitted[name] = torch.tensor(float(value)) if name == "step" else value
         elif name == "step":  # a fused or capturable torch optimizer keeps it on the device
             fitted[name] = value.detach().to("cpu", torch.float32, copy=True)
-        elif name in optimizer.MOMENTS:
+        elif name in optimizer._moments(group):
             fitted[name] = value.to(p.device, moment_dtype(p, group), copy=True)
         elif (name == "average" and decay is None) or (name in ("master", "remainder") and name != precision):
             continue
