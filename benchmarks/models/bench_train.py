@@ -1,8 +1,9 @@
 """`python -m benchmarks.models.bench_train`: training steps of our models beside transformers', same weights, shapes and dtype.
 
 A step is forward, loss, backward, and torch's fused AdamW for both. bf16 is autocast over fp32 weights for both. transformers
-runs as it comes ("eager", with its default SDPA attention), without a cache; --compile adds torch.compile of either. Steps are
-taken in turns within one process; the ratio is the median of the turns' ratios.
+runs as it comes ("eager", with its default SDPA attention), without a cache, and with fastlm.nn.replace or Liger's kernels put
+into it; --compile adds torch.compile of it and of ours. Steps are taken in turns within one process; the ratio is the median of
+the turns' ratios. A provider that is missing, fails, or computes another loss or gradient gets no time but a reason.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import fastlm
 from benchmarks.clock import peak_mb, quartiles, time_calls
+from benchmarks.harness import failure
 from benchmarks.lines import Lines
 from benchmarks.machine import machine
 from benchmarks.models.cost import train_flops
@@ -50,40 +52,48 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.model or MODELS[options.device]:
         for dtype in options.dtype or ("fp32", "bf16"):
             for row in measure(name, dtype, options, rates):
+                lines.write([row])
+                if "reason" in row:
+                    print(f"{name:14} {dtype:5} {row['provider']:25} no time: {row['reason']}", flush=True)
+                    continue
                 memory = f"{row['peak_mb']:9,.0f} MiB" if row["peak_mb"] else ""
                 print(
-                    f"{row['model']:14} {row['dtype']:5} {row['provider']:22} {row['tokens_per_second']:9,.0f} tokens/s "
+                    f"{row['model']:14} {row['dtype']:5} {row['provider']:25} {row['tokens_per_second']:9,.0f} tokens/s "
                     f"{row['ms']:9.1f} ms ({row['q1']:.1f} - {row['q3']:.1f})  {row['ratio']:5.2f}x"
                     f"  MFU {row['mfu']:4.0%}{memory}",
                     flush=True,
                 )
-                lines.write([row])
     return 0
 
 
 def measure(name: str, dtype: str, options: argparse.Namespace, rates: dict[str, float]) -> list[dict]:
-    """One row per provider; "mfu" is cost.train_flops over the time and the measured rate of a large product.
+    """One row per provider: its times, or the reason why it has none, such as a loss or gradient norm unlike transformers'.
 
-    Raises AssertionError if a provider's loss or gradient norm differs from transformers'.
+    "mfu" is cost.train_flops over the time and the measured rate of a large product.
     """
     config = preset(name, max_positions=max(options.context, 1024))
     torch.manual_seed(0)
     text = torch.randint(config.vocab_size, (options.batch, options.context + 1), device=options.device)
     tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    losses = _losses(Transformer(config), options.compile, options.device)
-    calls = {provider: _Step(*pair, tokens, labels, dtype, options) for provider, pair in losses.items()}
-    expected = calls[BASELINE].loss_and_norm()
-    for provider, call in calls.items():
-        for got, want in zip(call.loss_and_norm(), expected):
-            allowed = (1e-4 if dtype == "fp32" else 1e-2) * want
-            assert abs(got - want) <= allowed, f"{name} {dtype} {provider}: {got}, {BASELINE} has {want}"
+    size = {"model": name, "dtype": dtype, "mode": options.mode, "batch": options.batch, "context": options.context}
+    calls, rows, expected = {}, [], None
+    with tempfile.TemporaryDirectory() as folder:
+        Transformer(config).save_pretrained(folder)
+        for provider, make in providers(folder, options).items():
+            try:
+                call = _Step(*make(), tokens, labels, dtype, options)
+                found = call.loss_and_norm()
+                expected = expected or found
+                _check(found, expected, dtype)
+                calls[provider] = call
+            except Exception as error:  # whatever a foreign library throws is its row's text
+                reason = f"missing: {error}" if isinstance(error, ImportError) else failure(error)
+                rows.append({"kind": "no train", **size, "provider": provider, "reason": reason})
     samples = dict(zip(calls, time_calls(list(calls.values()), options.device, options.seconds)))
     flops = train_flops(config, options.batch, options.context)
-    rows = []
     for provider, times in samples.items():
         q1, median, q3 = quartiles(times)
         ratio = quartiles([a / b for a, b in zip(samples[BASELINE], times)])[1]
-        size = {"model": name, "dtype": dtype, "mode": options.mode, "batch": options.batch, "context": options.context}
         speed = {"ms": median, "q1": q1, "q3": q3, "tokens_per_second": tokens.numel() / median * 1e3, "ratio": ratio}
         speed["mfu"] = flops / median / 1e9 / rates[PEAK[dtype]]
         speed["peak_mb"] = peak_mb(calls[provider]) if options.device == "cuda" else None
@@ -91,31 +101,53 @@ def measure(name: str, dtype: str, options: argparse.Namespace, rates: dict[str,
     return rows
 
 
-def _losses(ours: Transformer, compile: bool, device: str) -> dict[str, tuple[torch.nn.Module, Callable]]:
-    """provider -> (model, its loss of (tokens, labels)), all with the weights of `ours`."""
+def _check(found: tuple[float, float], expected: tuple[float, float], dtype: str) -> None:
+    """The gate. bf16 rounds each library's activations in other places."""
+    for what, got, want in zip(("loss", "gradient norm"), found, expected):
+        allowed = (1e-4 if dtype == "fp32" else 1e-2) * want
+        assert abs(got - want) <= allowed, f"wrong: {what} {got}, {BASELINE} has {want}"
+
+
+def providers(folder: str, options: argparse.Namespace) -> dict[str, Callable[[], tuple[torch.nn.Module, Callable]]]:
+    """provider -> a function that makes (model, its loss of (tokens, labels)), all with the weights in `folder`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
+    def with_loss(model: torch.nn.Module) -> tuple[torch.nn.Module, Callable]:
+        model = model.to(options.device).train()
+        return model, lambda x, y: model(x, labels=y, shift_labels=y, use_cache=False).loss
 
-        def theirs() -> tuple[torch.nn.Module, Callable]:
-            model = AutoModelForCausalLM.from_pretrained(folder).to(device).train()
-            return model, lambda x, y: model(x, labels=y, shift_labels=y, use_cache=False).loss
+    def theirs():
+        return with_loss(AutoModelForCausalLM.from_pretrained(folder))
 
-        def mine() -> tuple[torch.nn.Module, Callable]:
-            model = fastlm.load(folder, device=device).train()
-            return model, model.loss
+    def replaced():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        fastlm.nn.replace(model, loss=True)
+        return with_loss(model)
 
-        providers = {BASELINE: theirs(), "fastlm": mine()}
-        if compile:
-            for name, make in ((f"{BASELINE} compiled", theirs), ("fastlm compiled", mine)):
-                model, loss = make()
-                providers[name] = (model, torch.compile(loss))
-    return providers
+    def liger():
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM
+
+        return with_loss(AutoLigerKernelForCausalLM.from_pretrained(folder))
+
+    def mine():
+        model = fastlm.load(folder, device=options.device).train()
+        return model, model.loss
+
+    def compiled(make: Callable) -> Callable:
+        def build():
+            model, loss = make()
+            return model, torch.compile(loss)
+
+        return build
+
+    found = {BASELINE: theirs, "fastlm": mine, f"{BASELINE} + nn.replace": replaced, f"{BASELINE} + liger": liger}
+    if options.compile:
+        found |= {f"{BASELINE} compiled": compiled(theirs), "fastlm compiled": compiled(mine)}
+    return found
 
 
 class _Step:
