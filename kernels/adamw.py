@@ -1,21 +1,23 @@
-"""AdamW for a whole list of tensors in one launch.
-
-The tensors are cut into blocks. A table on the device holds every tensor's address and size, another names the tensor and
-the block of each program; both are built on the host and kept, since the same lists come back at every step.
-"""
+"""AdamW for a whole list of tensors in one launch: each program updates one block of one parameter (see multi_tensor.py)."""
 
 from __future__ import annotations
 
-import functools
 import math
 
-import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 2048
-_TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_captured: list = []  # tables a CUDA graph reads at every replay
+from .multi_tensor import Numbers, number, place, pointer
+from .optimizer_state import (
+    code_words,
+    half_of,
+    launch,
+    read_state,
+    read_weight,
+    weight_words,
+    write_state,
+    write_weight,
+)
 
 
 @triton.jit
@@ -34,104 +36,66 @@ def _one_minus_power(log_beta, step):
 
 
 @triton.jit
-def _update(p_ptr, g_ptr, m_ptr, v_ptr, mask, decay, rate, root, scale, rest1, rest2, eps):
-    p = tl.load(p_ptr, mask=mask).to(tl.float32)
-    g = tl.load(g_ptr, mask=mask).to(tl.float32) * scale
-    m = tl.load(m_ptr, mask=mask).to(tl.float32)
-    v = tl.load(v_ptr, mask=mask).to(tl.float32)
+def _update(p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, remainder_ptr, average_ptr, m_scale_ptr, v_scale_ptr, mask, left,
+            decay, rate, root, scale, rest1, rest2, eps, average_rest, words, pairs, BLOCK: tl.constexpr):  # fmt: skip
+    col = tl.arange(0, BLOCK)
+    p = read_weight(p_ptr, master_ptr, remainder_ptr, col, mask)
+    g = tl.load(g_ptr + col, mask=mask).to(tl.float32) * scale
+    m = read_state(m_ptr, m_scale_ptr, col, mask, left, BLOCK)
+    v = read_state(v_ptr, v_scale_ptr, col, mask, left, BLOCK)
     # x + (1 - beta)(y - x): beta itself, rounded to fp32, would shift the mean that v settles at by 1e-5.
     m += rest1 * (g - m)
     v += rest2 * (g * g - v)
     p -= decay * p
     p -= rate * m / (tl.sqrt(v) * root + eps)
-    tl.store(p_ptr, p.to(p_ptr.dtype.element_ty), mask=mask)
-    tl.store(m_ptr, m.to(m_ptr.dtype.element_ty), mask=mask)
-    tl.store(v_ptr, v.to(v_ptr.dtype.element_ty), mask=mask)
+    write_weight(p_ptr, master_ptr, remainder_ptr, average_ptr, col, mask, p, average_rest, words)
+    write_state(m_ptr, m_scale_ptr, m, col, mask, left, half_of(pairs, False), BLOCK)
+    write_state(v_ptr, v_scale_ptr, v, col, mask, left, half_of(pairs, True), BLOCK)
 
 
 @triton.jit
 def _adamw_kernel(
-    address_ptr, size_ptr, owner_ptr, block_ptr, tensors,
-    lr, step, scale, log_beta1, log_beta2, rest1, rest2, eps, weight_decay,
-    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
-    LOAD_LR: tl.constexpr, LOAD_STEP: tl.constexpr, LOAD_SCALE: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    table, numbers, log_beta1, log_beta2, rest1, rest2, eps, weight_decay,
+    P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, MASTER_TYPE: tl.constexpr,
+    REMAINDER_TYPE: tl.constexpr, AVERAGE_TYPE: tl.constexpr, M_SCALE_TYPE: tl.constexpr, V_SCALE_TYPE: tl.constexpr,
+    RANDOM_WEIGHTS: tl.constexpr, RANDOM_CODES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    owner = tl.load(owner_ptr + tl.program_id(0))
-    start = tl.load(block_ptr + tl.program_id(0)).to(tl.int64) * BLOCK
-    size = tl.load(size_ptr + owner)
-    p_ptr = tl.load(address_ptr + owner).to(tl.pointer_type(P_TYPE)) + start
-    g_ptr = tl.load(address_ptr + tensors + owner).to(tl.pointer_type(G_TYPE)) + start
-    m_ptr = tl.load(address_ptr + 2 * tensors + owner).to(tl.pointer_type(M_TYPE)) + start
-    v_ptr = tl.load(address_ptr + 3 * tensors + owner).to(tl.pointer_type(V_TYPE)) + start
-    if ALIGNED:
-        p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
-        m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
-    if LOAD_LR:
-        lr = tl.load(lr).to(tl.float32)
-    if LOAD_STEP:
-        step = tl.load(step).to(tl.float32)
-    if LOAD_SCALE:
-        scale = tl.load(scale).to(tl.float32)
+    owner, start, size = place(table, numbers.found_ptr, BLOCK)
+    p_ptr = pointer(table, 0, owner, start, P_TYPE, 9, ALIGNED)
+    g_ptr = pointer(table, 1, owner, start, G_TYPE, 9, ALIGNED)
+    m_ptr = pointer(table, 2, owner, start, M_TYPE, 9, ALIGNED)
+    v_ptr = pointer(table, 3, owner, start, V_TYPE, 9, ALIGNED)
+    master_ptr = pointer(table, 4, owner, start, MASTER_TYPE, 9, ALIGNED)
+    remainder_ptr = pointer(table, 5, owner, start, REMAINDER_TYPE, 9, ALIGNED)
+    average_ptr = pointer(table, 6, owner, start, AVERAGE_TYPE, 9, ALIGNED)
+    m_scale_ptr = pointer(table, 7, owner, start // 256, M_SCALE_TYPE, 9, ALIGNED)
+    v_scale_ptr = pointer(table, 8, owner, start // 256, V_SCALE_TYPE, 9, ALIGNED)
+    lr, step = number(numbers.lr_ptr, numbers.lr), number(numbers.step_ptr, numbers.step)
+    scale, average_rest = number(numbers.scale_ptr, numbers.scale), numbers.average_rest
+    words = weight_words(table, numbers.seed_ptr, owner, start, step, RANDOM_WEIGHTS, BLOCK)
+    pairs = code_words(table, numbers.seed_ptr, owner, start, step, RANDOM_CODES, BLOCK)
     rate = lr / _one_minus_power(log_beta1, step)
     root = 1.0 / tl.sqrt(_one_minus_power(log_beta2, step))
     decay = lr * weight_decay
-    col = tl.arange(0, BLOCK)
     if start + BLOCK <= size:  # without a mask: 16-byte accesses
-        _update(p_ptr + col, g_ptr + col, m_ptr + col, v_ptr + col, None,
-                decay, rate, root, scale, rest1, rest2, eps)  # fmt: skip
+        _update(p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, remainder_ptr, average_ptr, m_scale_ptr, v_scale_ptr, None, 0,
+                decay, rate, root, scale, rest1, rest2, eps, average_rest, words, pairs, BLOCK)  # fmt: skip
     else:
-        _update(p_ptr + col, g_ptr + col, m_ptr + col, v_ptr + col, start + col < size,
-                decay, rate, root, scale, rest1, rest2, eps)  # fmt: skip
+        _update(p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, remainder_ptr, average_ptr, m_scale_ptr, v_scale_ptr,
+                start + tl.arange(0, BLOCK) < size, size - start,
+                decay, rate, root, scale, rest1, rest2, eps, average_rest, words, pairs, BLOCK)  # fmt: skip
 
 
-def _to_device(host, device):
-    # From pinned memory the copy does not wait for the device.
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
-@functools.lru_cache(maxsize=32)
-def _addresses(pointers: tuple[int, ...], device: torch.device):
-    return _to_device(torch.tensor(pointers, dtype=torch.int64), device)
-
-
-@functools.lru_cache(maxsize=32)
-def _blocks(sizes: tuple[int, ...], device: torch.device):
-    """-> size of each tensor (int64), and for each program its tensor and its block within that tensor (int32)."""
-    size = torch.tensor(sizes, dtype=torch.int64)
-    count = (size + _BLOCK - 1) // _BLOCK
-    owner = torch.repeat_interleave(torch.arange(len(sizes)), count)
-    block = torch.arange(owner.numel()) - (count.cumsum(0) - count)[owner]
-    return tuple(_to_device(t, device) for t in (size, owner.int(), block.int()))
-
-
-def _tables(pointers, sizes, device):
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # The copies become nodes of the graph: their results hold nothing before a replay and must not be found later.
-        tables = (_addresses.__wrapped__(pointers, device), *_blocks.__wrapped__(sizes, device))
-        _captured.append(tables)
-        return tables
-    return (_addresses(pointers, device), *_blocks(sizes, device))
-
-
-def adamw_step(params, grads, exp_avgs, exp_avg_sqs, lr_tensor, step_tensor, grad_scale_tensor, lr, step, grad_scale,
+def adamw_step(params, grads, exp_avgs, exp_avg_sqs, masters, remainders, averages, exp_avg_scales, exp_avg_sq_scales,
+               lr_tensor, step_tensor, grad_scale_tensor, found_inf, seed, streams, lr, step, grad_scale, average_decay,
                beta1, beta2, eps, weight_decay):  # fmt: skip
-    """Updates params, exp_avgs and exp_avg_sqs in place. Each list has one dtype, and tensors of equal place are
-    contiguous. lr, step and grad_scale come from their tensors where these are given."""
-    lists = (params, grads, exp_avgs, exp_avg_sqs)
-    device = params[0].device
-    pointers = tuple(t.data_ptr() for tensors in lists for t in tensors)
-    address, size, owner, block = _tables(pointers, tuple(t.numel() for t in params), device)
-    if owner.numel() == 0:
-        return
-    loaded = [t is not None for t in (lr_tensor, step_tensor, grad_scale_tensor)]
-    numbers = [
-        n if t is None else t for t, n in ((lr_tensor, lr), (step_tensor, step), (grad_scale_tensor, grad_scale))
-    ]
-    _adamw_kernel[(owner.numel(),)](
-        address, size, owner, block, len(params),
-        *numbers, *(math.log(beta) if beta > 0 else -1e6 for beta in (beta1, beta2)), 1 - beta1, 1 - beta2, eps, weight_decay,
-        *(_TL[tensors[0].dtype] for tensors in lists),
-        LOAD_LR=loaded[0], LOAD_STEP=loaded[1], LOAD_SCALE=loaded[2],
-        ALIGNED=all(p % 16 == 0 for p in pointers), BLOCK=_BLOCK, num_warps=8,
+    """Updates all lists but grads in place. Each has one dtype or is empty, and tensors of equal place are contiguous. lr, step
+    and grad_scale come from their tensors where these are given."""
+    lists = (
+        params, grads, exp_avgs, exp_avg_sqs, masters, remainders, averages, exp_avg_scales, exp_avg_sq_scales
     )  # fmt: skip
+    numbers = Numbers(
+        lr_tensor, step_tensor, grad_scale_tensor, found_inf, seed, lr, step, grad_scale, 1 - average_decay
+    )
+    logs = [math.log(beta) if beta > 0 else -1e6 for beta in (beta1, beta2)]
+    launch(_adamw_kernel, lists, streams, numbers, *logs, 1 - beta1, 1 - beta2, eps, weight_decay, states=2)

@@ -65,10 +65,34 @@ BENCH = Bench(
 )
 
 
-def _aot(dtype, state):
-    lists = [[meta(768, 768, dtype=d), meta(768, dtype=d)] for d in (dtype, dtype, state, state)]
+def _aot(dtype, state, *modes):
+    """modes: masters, remainders, stochastic, codes, averages, skip (found_inf)."""
+
+    def of(d, name=None):
+        return [meta(768, 768, dtype=d), meta(768, dtype=d)] if name is None or name in modes else []
+
+    codes = "codes" in modes
+    scales = [meta(2304, dtype=torch.float32), meta(3, dtype=torch.float32)] if codes else []
     number = meta(dtype=torch.float32)
-    return Aot("adamw:adamw_step", *lists, None, None, number, 1e-3, 3.0, 0.0, 0.9, 0.95, 1e-8, 0.1)
+    return Aot(
+        "adamw:adamw_step", of(dtype), of(dtype), of(torch.int8 if codes else state), of(torch.uint8 if codes else state),
+        of(torch.float32, "masters"), of(torch.int16, "remainders"), of(torch.float32, "averages"), scales, scales,
+        None, None, number, number if "skip" in modes else None,
+        meta(2, dtype=torch.int64) if "stochastic" in modes else None, [0, 1],
+        1e-3, 3.0, 0.0, 0.999, 0.9, 0.95, 1e-8, 0.1,
+    )  # fmt: skip
 
 
-AOT = [_aot(torch.float32, torch.float32), _aot(torch.bfloat16, torch.float32), _aot(torch.bfloat16, torch.bfloat16)]
+FP32, BF16 = torch.float32, torch.bfloat16
+AOT = [
+    _aot(FP32, FP32),
+    _aot(BF16, FP32),
+    _aot(BF16, BF16),
+    _aot(BF16, FP32, "masters"),
+    _aot(BF16, FP32, "remainders"),
+    _aot(BF16, BF16, "stochastic"),
+    _aot(FP32, None, "codes"),
+    _aot(FP32, None, "codes", "stochastic"),
+    _aot(BF16, None, "codes", "stochastic"),
+    _aot(BF16, None, "codes", "stochastic", "remainders", "averages", "skip"),
+]

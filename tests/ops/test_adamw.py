@@ -110,7 +110,7 @@ def test_numbers_may_be_tensors(backend, device):
         got = [[t.clone() for t in tensors] for tensors in lists]
         tensors = [torch.tensor(numbers[k], device=device) for k in ("lr", "step", "grad_scale")]
         live = [[t for t in ts if t.numel()] for ts in got]
-        OP.forward(*live, *tensors, 0.0, 0.0, 0.0, 0.9, 0.999, 1e-8, 0.01, backend)
+        OP.forward(*live, *[[]] * 5, *tensors, None, None, [], 0.0, 0.0, 0.0, 0.0, 0.9, 0.999, 1e-8, 0.01, backend)
         for a, b in zip(_flat(got), _flat(want)):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -194,7 +194,8 @@ def test_leaves_that_require_grad(backend, device):
 def test_dispatcher(device):
     lists = [[t for t in tensors if t.numel()] for tensors in _lists(device)]
     scale = torch.tensor(0.5, device=device)
-    torch.library.opcheck(OP.forward, (*lists, None, None, scale, 0.1, 3.0, 0.0, 0.9, 0.999, 1e-8, 0.01, "triton"))
+    numbers = (None, None, scale, None, None, [], 0.1, 3.0, 0.0, 0.0, 0.9, 0.999, 1e-8, 0.01)
+    torch.library.opcheck(OP.forward, (*lists, *[[]] * 5, *numbers, "triton"))
 
 
 @each_backend
@@ -236,7 +237,7 @@ def test_dtensor(backend, device):
 
 
 def test_tables_are_kept(device):
-    from fastlm.kernels import adamw as kernels
+    from fastlm.kernels import multi_tensor as kernels
 
     lists = _lists(device)
     kernels._addresses.cache_clear()
@@ -252,23 +253,21 @@ def test_tables_are_kept(device):
         ("root = 1.0 / tl.sqrt(_one_minus_power(log_beta2, step))", "root = 1.0"),
         ("    p -= decay * p\n", ""),
         ("m += rest1 * (g - m)", "g += decay * p\n    m += rest1 * (g - m)"),  # coupled decay
-        ("start + col < size,", "start + col < size - 1,"),  # the tail not written
-        (
-            "// _BLOCK\n    owner",
-            "// _BLOCK - (size > _BLOCK).long()\n    owner",
-        ),  # the last block of a tensor left out
+        ("start + tl.arange(0, BLOCK) < size,", "start + tl.arange(0, BLOCK) < size - 1,"),  # the tail not written
+        ("// BLOCK\n    owner", "// BLOCK - (size > BLOCK).long()\n    owner"),  # the last block of a tensor left out
         (".to(tl.float32) * scale", ".to(tl.float32)"),  # grad_scale forgotten
     ],
     ids=["bias1", "bias2", "no_decay", "coupled", "tail", "block", "scale"],
 )
 def test_planted_bug_is_seen(old, new, device):
-    with planted_bug("adamw_", old, new), pytest.raises(AssertionError):
+    file = "multi_tensor" if "owner" in old else None
+    with planted_bug("adamw_", old, new, file=file), pytest.raises(AssertionError):
         _check_fp32("triton", device, grad_scale=0.5)
 
 
 def test_write_outside_a_tensor_is_seen(device):
     # Only under guard bands: without them this bug corrupts the process.
-    bug = planted_bug("adamw_", "start + col < size,", "start + col < size + 8,")
+    bug = planted_bug("adamw_", "start + tl.arange(0, BLOCK) < size,", "start + tl.arange(0, BLOCK) < size + 8,")
     with bug, pytest.raises(AssertionError, match="wrote outside"):
         _check_guards(device)
 
@@ -284,7 +283,7 @@ def test_explain_and_errors():
     fails("lr must be a number or a tensor of one element", p, g, g, g, lr=torch.ones(2))
     fails("backend must be 'auto' or one of", p, g, g, g, backend="fast")
     fails(r"params\[0\] must be floating point", [p[0].long()], g, g, g, error=TypeError)
-    fails(r"exp_avgs\[0\] must be float32 or its parameter's", p, g, [g[0].half()], g, error=TypeError)
+    fails(r"exp_avgs\[0\] must be float32, bfloat16 or its parameter's", p, g, [g[0].half()], g, error=TypeError)
     fails("all tensors must be on cpu", p, [g[0].to("meta")], g, g)
     fails("got float64", [p[0].double()], g, g, g, backend="triton")
 
