@@ -14,28 +14,23 @@ import torch
 import triton
 import triton.language as tl
 
-from .adamw import _BLOCK as BLOCK
-from .adamw import _TL as TL_TYPES
-from .adamw import _tables as tables
 from .common import num_sms
+from .multi_tensor import BLOCK, pointer, table_of, type_of
 
 _PROGRAMS_PER_SM = 8
 _CHUNK = 1024
 
 
 @triton.jit
-def _share(address_ptr, size_ptr, owner_ptr, block_ptr, blocks, scale, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-           BLOCK: tl.constexpr):  # fmt: skip
+def _share(table, blocks, scale, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of (scale * x)^2 over blocks pid, pid + programs, ... of all tensors."""
     col = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for index in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        owner = tl.load(owner_ptr + index)
-        start = tl.load(block_ptr + index).to(tl.int64) * BLOCK
-        size = tl.load(size_ptr + owner)
-        x_ptr = tl.load(address_ptr + owner).to(tl.pointer_type(TYPE)) + start
-        if ALIGNED:
-            x_ptr = tl.multiple_of(x_ptr, 16)
+        owner = tl.load(table.owner + index)
+        start = tl.load(table.block + index).to(tl.int64) * BLOCK
+        size = tl.load(table.size + owner)
+        x_ptr = pointer(table, 0, owner, start, TYPE, 1, ALIGNED)
         if start + BLOCK <= size:  # without a mask: 16-byte accesses
             x = tl.load(x_ptr + col).to(tl.float32) * scale
             total += x * x
@@ -46,15 +41,13 @@ def _share(address_ptr, size_ptr, owner_ptr, block_ptr, blocks, scale, TYPE: tl.
 
 
 @triton.jit
-def _square_sums_kernel(address_ptr, size_ptr, owner_ptr, block_ptr, blocks, sum_ptr, scaled_ptr, TYPE: tl.constexpr,
-                        ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _square_sums_kernel(table, blocks, sum_ptr, scaled_ptr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
+                        BLOCK: tl.constexpr):  # fmt: skip
     """One program's sum of squares, or if that overflows (or is not finite) the sum of (x / 2^96)^2 and 0."""
-    total = _share(address_ptr, size_ptr, owner_ptr, block_ptr, blocks, 1.0, TYPE, ALIGNED, BLOCK)
+    total = _share(table, blocks, 1.0, TYPE, ALIGNED, BLOCK)
     scaled = total * 0.0
     if not total < float("inf"):
-        scaled = _share(
-            address_ptr, size_ptr, owner_ptr, block_ptr, blocks, 1.262177448353619e-29, TYPE, ALIGNED, BLOCK
-        )
+        scaled = _share(table, blocks, 1.262177448353619e-29, TYPE, ALIGNED, BLOCK)
         total = 0.0
     tl.store(sum_ptr + tl.program_id(0), total)
     tl.store(scaled_ptr + tl.program_id(0), scaled)
@@ -87,19 +80,18 @@ def global_norm(tensors):
     for t in tensors:
         groups.setdefault(t.dtype, []).append(t)
     launches, count = [], 0
-    for dtype, group in groups.items():
-        pointers = tuple(t.data_ptr() for t in group)
-        table = tables(pointers, tuple(t.numel() for t in group), device)
-        programs = min(table[2].numel(), _PROGRAMS_PER_SM * num_sms(device))
-        launches.append((dtype, table, programs, all(p % 16 == 0 for p in pointers)))
+    for group in groups.values():
+        table, aligned = table_of([group], None)
+        programs = min(table.block.numel(), _PROGRAMS_PER_SM * num_sms(device))
+        launches.append((table, programs, type_of(group), aligned))
         count += programs
     sums = torch.empty(2, count, dtype=torch.float32, device=device)
     norm = torch.empty((), dtype=torch.float32, device=device)
     begin = 0
-    for dtype, table, programs, aligned in launches:
+    for table, programs, kind, aligned in launches:
         part = sums[:, begin : begin + programs]
         _square_sums_kernel[(programs,)](
-            *table, table[2].numel(), part[0], part[1], TL_TYPES[dtype], ALIGNED=aligned, BLOCK=BLOCK, num_warps=8
+            table, table.block.numel(), part[0], part[1], TYPE=kind, ALIGNED=aligned, BLOCK=BLOCK, num_warps=8
         )
         begin += programs
     _norm_kernel[(1,)](sums[0], sums[1], norm, count, CHUNK=_CHUNK, num_warps=4)

@@ -31,7 +31,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                        "master": an fp32 copy of the weight as a state.
         state_bits     None: moments in the parameter's dtype as in torch, but fp32 in the other three precisions (in bf16 a
                        second moment with beta2 = 0.999 stands still).  32: fp32.  8: 8-bit codes with an fp32 scale for each 256
-                       elements; parameters of fewer than 4096 elements keep fp32.
+                       elements, rounded at random (`seed`), as bf16 parameters without a master then are too; parameters of
+                       fewer than 4096 elements, and ones with gaps in memory, keep fp32.
         average_decay  d: keep a moving average a <- d * a + (1 - d) * p of the weights in fp32, written by the same launch;
                        see `averages()`. None: no average.
 
@@ -124,15 +125,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             return loss
         self._check_gradients(grads)
         scale, found_inf = self._survey(grads, grad_scale)
-        if found_inf is not None and found_inf.device != self.skipped.device:
-            self.skipped = self.skipped.to(found_inf.device)
-        if found_inf is not None and found_inf.device.type == "cpu" and not torch.compiler.is_compiling():
-            if found_inf.item():
-                self.skipped += 1
-                return loss
-            found_inf = None
         if found_inf is not None:
+            self.skipped = self.skipped.to(found_inf.device)  # once: it stays there
             self.skipped += found_inf != 0
+            if self._is_known(found_inf):
+                if found_inf.item():
+                    return loss
+                found_inf = None
         launch = 0
         for group in self.param_groups:
             for params, step in self._counted(group, found_inf):
@@ -144,6 +143,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def _name(self) -> str:
         return type(self).__name__
+
+    def _is_known(self, found_inf: Tensor) -> bool:
+        """Whether the host can read it without waiting for a device."""
+        return found_inf.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def _check_gradients(self, grads: list[Tensor]) -> None:
         for g in grads:
@@ -208,7 +211,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 step += 1
             else:
                 step += found_inf.to(step.device) == 0
-            yield params, step if step.device.type != "cpu" else int(step)
+            yield params, int(step) if found_inf is None and step.device.type == "cpu" else step
 
     def _alike(self, group: dict[str, Any], params: list[Tensor]) -> list[list[Tensor]]:
         """The parameters, split into lists of one dtype and device whose states are of the same kinds."""
@@ -242,8 +245,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             common["average_decay"] = group["average_decay"]
         for name in self._moments(group):
             if f"{name}_scale" in kinds:
-                common[f"{name}_scales"] = [s[f"{name}_scale"] for s in states]
-        if group.get("precision") == "stochastic" and params[0].dtype == torch.bfloat16:
+                common[f"{name}_scales"] = [storage.own_scales(p, s[f"{name}_scale"]) for p, s in zip(params, states)]
+        stochastic = group.get("precision") == "stochastic" and params[0].dtype == torch.bfloat16
+        if stochastic or any(name.endswith("_scales") for name in common):
             common["seed"] = storage.step_seed(group["seed"] + launch, step, device)
         self._update(group, params, [p.grad for p in params], states, step, common)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlm.errors import UserError
+from fastlm.ops.block_quantize import BLOCK, block_dequantize, block_quantize
 
 PRECISIONS = ("nearest", "stochastic", "remainder", "master")
 KEPT = ("precision", "state_bits", "average_decay")  # options that a state dict does not change
 SMALLEST_8_BIT = 4096  # elements: below, the codes would save nothing worth having and norms are sensitive
+_CODES = (torch.int8, torch.uint8)  # of the first moment, which has a sign, and of the second
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -38,11 +41,20 @@ def moment_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
+def in_codes(p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a parameter's moments are kept in 8-bit codes: blocks follow memory, so its own must have no gaps."""
+    return group.get("state_bits") == 8 and p.numel() >= SMALLEST_8_BIT and p.is_contiguous()
+
+
 def complete(optimizer: Any, p: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Adds to a parameter's state, in place, what it lacks for its next step."""
-    for name in optimizer._moments(group):
+    codes = in_codes(p, group)
+    for place, name in enumerate(optimizer._moments(group)):
         if name not in state:
-            state[name] = torch.zeros_like(p, dtype=moment_dtype(p, group), memory_format=torch.preserve_format)
+            dtype = _CODES[place] if codes else moment_dtype(p, group)
+            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        if codes and f"{name}_scale" not in state:
+            state[f"{name}_scale"] = _scale_of(p, torch.zeros(blocks_of(_local(p).numel()), device=p.device))
     precision = group.get("precision")
     if precision == "master" and p.dtype in _HALF and "master" not in state:
         state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
@@ -51,6 +63,49 @@ def complete(optimizer: Any, p: Tensor, group: dict[str, Any], state: dict[str, 
     if group.get("average_decay") is not None and "average" not in state:
         dtype = torch.promote_types(p.dtype, torch.float32)
         state["average"] = p.detach().to(dtype, memory_format=torch.preserve_format, copy=True)
+
+
+def blocks_of(elements: int) -> int:
+    return -(-elements // BLOCK)
+
+
+def own_scales(p: Tensor, scale: Tensor) -> Tensor:
+    """The scales of this process's part of a parameter."""
+    return _local(scale)[: blocks_of(_local(p).numel())]
+
+
+def _scale_of(p: Tensor, own: Tensor) -> Tensor:
+    """The state that holds a parameter's own scales: themselves, or for a DTensor a DTensor of all processes' scales, with as
+    many places for each as the largest part needs, so that distributed checkpoints can save it."""
+    if not _is_divided(p):
+        return own
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    largest, places = list(p.shape), []
+    for dim, place in enumerate(p.placements):
+        if place.is_shard():
+            largest[place.dim] = -(-largest[place.dim] // p.device_mesh.size(dim))
+        places.append(Shard(0) if place.is_shard() else Replicate())
+    padded = torch.zeros(blocks_of(math.prod(largest)), device=own.device)
+    padded[: own.numel()] = own
+    return DTensor.from_local(padded, p.device_mesh, places, run_check=False)
+
+
+def _is_divided(t: Tensor) -> bool:
+    return type(t).__name__ == "DTensor"
+
+
+def _local(t: Tensor) -> Tensor:
+    return t.to_local() if _is_divided(t) else t
+
+
+def _like(p: Tensor, own: Tensor) -> Tensor:
+    """This process's part as a tensor divided like the parameter."""
+    if not _is_divided(p):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(own, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 def step_seed(seed: int, step: int | Tensor, device: torch.device) -> Tensor:
@@ -83,20 +138,35 @@ def restore(optimizer: Any, state: dict[str, Any], groups: list[dict[str, Any]],
 def _fitted(optimizer: Any, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """A parameter's saved state in the dtypes and kinds that its group asks for, on its device, not aliasing the saved one."""
     fitted: dict[str, Any] = {}
-    precision, decay = group.get("precision"), group.get("average_decay")
+    moments = optimizer._moments(group)
+    dropped = {"master", "remainder"} - {group.get("precision")}
+    dropped |= {"average"} if group.get("average_decay") is None else set()
     for name, value in saved.items():
         if not isinstance(value, Tensor):
             if value is not None:  # torch.optim.SGD without momentum saves a None
                 fitted[name] = torch.tensor(float(value)) if name == "step" else value
         elif name == "step":  # a fused or capturable torch optimizer keeps it on the device
             fitted[name] = value.detach().to("cpu", torch.float32, copy=True)
-        elif name in optimizer._moments(group):
-            fitted[name] = value.to(p.device, moment_dtype(p, group), copy=True)
-        elif (name == "average" and decay is None) or (name in ("master", "remainder") and name != precision):
-            continue
-        else:
+        elif name in moments:
+            scale = saved.get(f"{name}_scale")
+            fitted.update(_fitted_moment(p, group, name, moments.index(name), value, scale))
+        elif name.removesuffix("_scale") not in moments and name not in dropped:
             fitted[name] = value.to(p.device, copy=True)
     return fitted
+
+
+def _fitted_moment(p, group, name: str, place: int, value: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
+    """A saved moment, in 8-bit codes if it comes with a scale, as the group keeps it."""
+    codes = in_codes(p, group)
+    if scale is not None and codes:
+        return {name: value.to(p.device, copy=True), f"{name}_scale": scale.to(p.device, torch.float32, copy=True)}
+    value = value.to(p.device)
+    if scale is not None:
+        value = _like(p, block_dequantize(_local(value), own_scales(p, scale.to(p.device))))
+    if not codes:
+        return {name: value.to(moment_dtype(p, group), copy=True)}
+    coded, own = block_quantize(_local(value).float().contiguous(), _CODES[place] == torch.int8)
+    return {name: _like(p, coded), f"{name}_scale": _scale_of(p, own)}
 
 
 def share_steps(optimizer: Any) -> None:

@@ -66,9 +66,10 @@ def test_more_blocks_than_programs(device):
 
 
 def test_the_torch_form_of_large_tensors_is_more_exact_than_one_sum():
-    g = torch.randn(1 << 21)
-    _check([g], "torch", rtol=2e-6)
-    _check([g.bfloat16(), g], "torch", rtol=2e-6)
+    for g in (torch.randn(1 << 22), torch.randn(1 << 22).bfloat16()):
+        exact = _exact([g])
+        error, plain = ((n.double() - exact).abs() for n in (global_norm([g]), torch.linalg.vector_norm(g.float())))
+        assert error < plain / 4
 
 
 @each_backend
@@ -76,7 +77,7 @@ def test_the_torch_form_of_large_tensors_is_more_exact_than_one_sum():
 @pytest.mark.parametrize("value", (1e15, 1e18, 1e20, 1e30, 1e36))
 def test_squares_may_overflow(backend, dtype, value, device):
     large = torch.full((2100,), value, device=device, dtype=dtype)
-    _check([large], backend)
+    _check([large], backend, rtol=1e-5)  # torch sums 2100 equal numbers so exactly
     _check([torch.ones(3, device=device), large[:1], torch.full((4,), value / 7, device=device)], backend)
     spread = [torch.full((1,), 1.5e19 * k, device=device) for k in (1.0, 0.9, 0.8)]  # none overflows, their sum does
     _check(spread, backend)
