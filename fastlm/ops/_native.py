@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,3 +14,37 @@ def fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, step: Tensor, **options: 
     torch._fused_adamw_(
         params, grads, exp_avgs, exp_avg_sqs, [], [step] * len(params), amsgrad=False, maximize=False, **options
     )
+
+
+def fused_sgd_(params, grads, momentum_buffers, **options: Any) -> None:
+    """torch's fused SGD step over lists of equal dtype and memory order; no buffers ([]) without momentum. In place."""
+    torch._fused_sgd_(params, grads, momentum_buffers, maximize=False, **options)
+
+
+def int8_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [M, K] times b [K, N], both int8, as int32 [M, N]; into `out` where it is given."""
+    return torch._int_mm(a, b) if out is None else torch._int_mm(a, b, out=out)
+
+
+def int8_weight_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x [M, K] times int8 codes [N, K] transposed, columns times scale [N]; all but codes of one 16-bit dtype. CPU."""
+    return torch._weight_int8pack_mm(x, codes, scale)
+
+
+@cache
+def int8_products_are_exact() -> bool:
+    """Whether the CPU's int8 products are oneDNN's and hold the largest sums: without VNNI instructions they may saturate."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    for rows in (1, 3):
+        a, b = torch.full((rows, 64), 127, dtype=torch.int8), torch.full((64, 48), -127, dtype=torch.int8)
+        if not bool((int8_product(a, b) == -127 * 127 * 64).all()):
+            return False
+    return True
+
+
+def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """a [M, K] times b [N, K] transposed, both fp8, times scale_a [M, 1] and scale_b [1, N] (or [1, 1] both), plus bias, in dtype."""
+    if bias is not None:
+        bias = bias.to(dtype if dtype != torch.float32 else torch.bfloat16)
+    return torch._scaled_mm(a, b.t(), scale_a, scale_b, bias, out_dtype=dtype)
