@@ -300,13 +300,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim, each parameter with a `step` of its own, on the host: the number of steps really made."""
         found = super().state_dict()
-        found["state"] = {
-            key: {k: v.detach().cpu().clone() if k == "step" else v for k, v in state.items()}
-            if isinstance(state, dict)
-            else state
-            for key, state in found["state"].items()
-        }
-        return found
+        state = {k: storage.saved(v) if isinstance(v, dict) else v for k, v in found["state"].items()}
+        return {**found, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state dict of this class, or of torch's optimizer of the same name.

@@ -62,5 +62,6 @@ class Lion(FusedOptimizer):
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=group["weight_decay"],
+            step=step,
             **common,
         )

@@ -91,7 +91,7 @@ def _scale_of(p: Tensor, own: Tensor) -> Tensor:
     return DTensor.from_local(padded, p.device_mesh, places, run_check=False)
 
 
-def _is_divided(t: Tensor) -> bool:
+def _is_divided(t: Any) -> bool:
     return type(t).__name__ == "DTensor"
 
 
@@ -115,6 +115,16 @@ def step_seed(seed: int, step: int | Tensor, device: torch.device) -> Tensor:
         found[1].copy_(step)
     else:
         found[1].fill_(step)
+    return found
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state as a state dict holds it."""
+    found = dict(state)
+    if isinstance(state.get("step"), Tensor):
+        found["step"] = state["step"].detach().cpu().clone()
+    if _is_divided(state.get("remainder")):
+        found["remainder"] = state["remainder"].to(torch.int32)  # neither NCCL nor gloo gathers int16
     return found
 
 
@@ -151,7 +161,10 @@ def _fitted(optimizer: Any, p: Tensor, group: dict[str, Any], saved: dict[str, A
             scale = saved.get(f"{name}_scale")
             fitted.update(_fitted_moment(p, group, name, moments.index(name), value, scale))
         elif name.removesuffix("_scale") not in moments and name not in dropped:
-            fitted[name] = value.to(p.device, copy=True)
+            dtype = torch.int16 if name == "remainder" else value.dtype
+            fitted[name] = value.to(p.device, dtype, copy=True)
+    if "step" not in fitted and any(name in fitted for name in moments):
+        fitted["step"] = torch.ones(())  # torch.optim.SGD does not count; with a momentum it has made a step
     return fitted
 
 
