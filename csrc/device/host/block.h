@@ -1,0 +1,304 @@
+// A live block: its threads, its shared memory, its barriers, and the clocks that say what happened before what.
+//
+// Each thread counts its own steps from one synchronisation to the next (`clock`) and knows up to which step of every other
+// thread all has happened before (`known`): vector clocks, as in FastTrack (Flanagan and Freund, PLDI 2009). A barrier gives all
+// who meet the union of what they know. Two accesses race if neither thread knows of the other's.
+#pragma once
+
+#include <deque>
+#include <functional>
+
+#include "fiber.h"
+#include "memory.h"
+
+namespace device::host {
+
+enum class State { ready, waiting, spinning, done };
+
+struct Thread {
+  Fiber fiber;
+  int id = 0;
+  State state = State::done;
+  const char* what = "";  // what it waits in, and where
+  Where at;
+  int barrier = -1;        // and for which barrier
+  uint32_t mask = 0;       // or for which lanes
+  uint64_t result = 0;     // what a shuffle or vote brought
+  uint32_t clock = 1;
+  const uint32_t* known = nullptr;
+};
+
+struct Arrival {
+  Thread* thread;
+  Where at;
+  bool waits;
+};
+
+struct Barrier {
+  int count = 0;
+  std::vector<Arrival> arrivals;
+};
+
+enum class Kind { shuffle, vote, barrier };
+
+// The lanes of `mask` on their way to one shuffle, vote or warp barrier.
+struct Meeting {
+  Kind kind;
+  const char* what;
+  Where at;
+  uint32_t mask = 0, arrived = 0;
+  uint64_t value[32];
+  int source[32];
+};
+
+struct Block {
+  int64_t index = 0;
+  int x = 0, y = 0, z = 0;
+  int live = 0;
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::map<const void*, std::unique_ptr<Region>> arrays;  // static shared memory, by its place in the source
+  Region dynamic;
+  size_t shared_bytes = 0;
+  Barrier barriers[16];
+  std::vector<std::vector<Meeting>> meetings;  // of each warp
+  std::deque<std::vector<uint32_t>> snapshots;
+
+  uint32_t* snapshot() {
+    snapshots.emplace_back(threads.size(), 0);
+    return snapshots.back().data();
+  }
+};
+
+// The state of the host body: one launch at a time, on one CPU thread.
+struct Machine {
+  // set by the tests
+  int order = 0;  // of threads and blocks: 0 forward, 1 backward, 2 random
+  uint64_t seed = 1;
+  int resident = 2;  // blocks live at once in an ordinary launch
+  std::vector<std::unique_ptr<Region>> buffers;
+  // of the launch
+  Dim grid;
+  int block_threads = 0, shared_bytes = 0;
+  std::function<void()> body;
+  std::vector<Ledger> ledgers;
+  std::unordered_map<uint64_t, std::unordered_map<int64_t, size_t>> releases;  // address of an atomic -> block -> its fences
+  Block* block = nullptr;
+  Thread* thread = nullptr;
+  uint64_t steps = 0;  // counts what a waiting thread may be waiting for
+  bool failed = false;
+  std::string report;
+  std::vector<std::unique_ptr<Thread>> idle;
+};
+
+inline Machine machine;
+
+inline std::string who(const Block& block) { return format("block (%d, %d, %d)", block.x, block.y, block.z); }
+
+// Records the mistake and leaves this thread for good.
+[[noreturn]] inline void fail_with(const Where& at, std::string text) {
+  machine.report = place(at) + ": " + who(*machine.block) + ", thread " + std::to_string(machine.thread->id) + ": " + text;
+  machine.failed = true;
+  text = std::string();  // nothing is left on this stack that owns memory
+  leave(machine.thread->fiber);
+  std::abort();
+}
+
+// Waits until another thread has set `state` back to ready.
+inline void wait(State state, const char* what, const Where& at) {
+  Thread& me = *machine.thread;
+  me.state = state, me.what = what, me.at = at;
+  leave(me.fiber);
+}
+
+inline void wake(Thread& thread) {
+  thread.state = State::ready;
+  ++machine.steps;
+}
+
+// What the threads know together, as one snapshot; those who wait know it from now on.
+inline void join(Block& block, const std::vector<Arrival>& arrivals) {
+  uint32_t* all = block.snapshot();
+  const uint32_t* last = nullptr;
+  for (const Arrival& a : arrivals) {
+    if (a.thread->known != last) {
+      last = a.thread->known;
+      for (size_t i = 0; i < block.threads.size(); ++i) all[i] = std::max(all[i], last[i]);
+    }
+  }
+  for (const Arrival& a : arrivals) all[a.thread->id] = std::max(all[a.thread->id], a.thread->clock);
+  for (const Arrival& a : arrivals) {
+    if (a.waits) a.thread->known = all;
+    ++a.thread->clock;
+  }
+}
+
+// "0-31, 40"
+inline std::string ranges(const std::vector<int>& numbers) {
+  std::string text;
+  for (size_t i = 0; i < numbers.size();) {
+    size_t j = i;
+    while (j + 1 < numbers.size() && numbers[j + 1] == numbers[j] + 1) ++j;
+    text += (text.empty() ? "" : ", ") + std::to_string(numbers[i]);
+    if (j > i) text += "-" + std::to_string(numbers[j]);
+    i = j + 1;
+  }
+  return text;
+}
+
+inline std::string lanes(uint32_t mask) {
+  std::vector<int> numbers;
+  for (int i = 0; i < 32; ++i) {
+    if (mask >> i & 1) numbers.push_back(i);
+  }
+  return ranges(numbers);
+}
+
+// Whole warps, all lanes from one line.
+inline void check_warps(const Barrier& barrier, const char* what, const Where& at) {
+  std::map<int, std::vector<const Arrival*>> warps;
+  for (const Arrival& a : barrier.arrivals) warps[a.thread->id / 32].push_back(&a);
+  for (auto& [warp, members] : warps) {
+    if (members.size() != 32) {
+      fail_with(at, format("%s: only %zu lanes of warp %d are among the threads that met", what, members.size(), warp));
+    }
+    for (const Arrival* a : members) {
+      if (!same_place(a->at, members[0]->at)) {
+        fail_with(at, format("%s in divergent code: the lanes of warp %d came from %s and %s", what, warp,
+                             place(members[0]->at).c_str(), place(a->at).c_str()));
+      }
+    }
+  }
+}
+
+inline void arrive(int id, int count, bool waits, const char* what, const Where& at) {
+  Block& block = *machine.block;
+  if (id < 0 || id > 15) fail_with(at, format("%s: there are barriers 0 to 15, not %d", what, id));
+  if (count <= 0 || count % 32 || count > static_cast<int>(block.threads.size())) {
+    fail_with(at, format("%s(%d, %d): the count must be a multiple of 32 and at most the block's %zu threads", what, id, count,
+                         block.threads.size()));
+  }
+  Barrier& barrier = block.barriers[id];
+  if (!barrier.arrivals.empty() && barrier.count != count) {
+    fail_with(at, format("%s(%d): expects %d threads, but thread %d, waiting at %s, expects %d", what, id, count,
+                         barrier.arrivals[0].thread->id, place(barrier.arrivals[0].at).c_str(), barrier.count));
+  }
+  barrier.count = count;
+  barrier.arrivals.push_back({machine.thread, at, waits});
+  if (static_cast<int>(barrier.arrivals.size()) < count) {
+    machine.thread->barrier = id;
+    if (waits) wait(State::waiting, what, at);
+    machine.thread->barrier = -1;
+    return;
+  }
+  check_warps(barrier, what, at);
+  if (id == 0) {
+    for (const Arrival& a : barrier.arrivals) {
+      if (!same_place(a.at, at)) {
+        fail_with(at, format("block_barrier in divergent code: thread %d waits in the one at %s", a.thread->id,
+                             place(a.at).c_str()));
+      }
+    }
+  }
+  join(block, barrier.arrivals);
+  for (const Arrival& a : barrier.arrivals) {
+    if (a.waits && a.thread != machine.thread) wake(*a.thread);
+  }
+  barrier.arrivals.clear();
+}
+
+// Ends a meeting at which all lanes have come: gives out the values.
+inline void finish(Block& block, int warp, const Meeting& meeting) {
+  uint64_t votes = 0;
+  std::vector<Arrival> arrivals;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (meeting.mask >> lane & 1) {
+      votes |= (meeting.value[lane] & 1) << lane;
+      arrivals.push_back({block.threads[32 * warp + lane].get(), meeting.at, true});
+    }
+  }
+  if (meeting.kind == Kind::barrier) join(block, arrivals);
+  for (const Arrival& a : arrivals) {
+    a.thread->result = meeting.kind == Kind::vote ? votes : meeting.value[meeting.source[a.thread->id % 32]];
+    if (a.thread != machine.thread) wake(*a.thread);
+  }
+}
+
+// Waits until all lanes of the mask are here. source: whose value this lane wants.
+inline uint64_t meet(Kind kind, const char* what, uint32_t mask, uint64_t value, int source, const Where& at) {
+  Block& block = *machine.block;
+  Thread& me = *machine.thread;
+  const int warp = me.id / 32, lane = me.id % 32;
+  if (!(mask >> lane & 1)) fail_with(at, format("%s: lane %d is not in its own mask 0x%08x", what, lane, mask));
+  if (!(mask >> source & 1)) {
+    fail_with(at, format("%s: lane %d reads lane %d, which is not in the mask 0x%08x", what, lane, source, mask));
+  }
+  for (int i = 0; i < 32; ++i) {
+    if ((mask >> i & 1) && block.threads[32 * warp + i]->state == State::done) {
+      fail_with(at, format("%s: the mask 0x%08x names lane %d, which has returned", what, mask, i));
+    }
+  }
+  std::vector<Meeting>& open = block.meetings[warp];
+  Meeting* meeting = nullptr;
+  for (Meeting& m : open) {
+    if (!(m.mask & mask)) continue;
+    if (m.mask != mask || m.kind != kind || std::string(m.what) != what || !same_place(m.at, at)) {
+      fail_with(at, format("%s with mask 0x%08x, while lanes %s of the warp are in %s with mask 0x%08x at %s", what, mask,
+                           lanes(m.arrived).c_str(), m.what, m.mask, place(m.at).c_str()));
+    }
+    meeting = &m;
+  }
+  if (!meeting) {
+    open.push_back({kind, what, at, mask, 0, {}, {}});
+    meeting = &open.back();
+  }
+  meeting->arrived |= 1u << lane;
+  meeting->value[lane] = value;
+  meeting->source[lane] = source;
+  if (meeting->arrived == mask) {
+    finish(block, warp, *meeting);
+    open.erase(open.begin() + (meeting - open.data()));
+  } else {
+    me.mask = mask;
+    wait(State::waiting, what, at);
+    me.mask = 0;
+  }
+  return me.result;
+}
+
+// Fences and atomics between blocks.
+inline void publish() {
+  Block& block = *machine.block;
+  Thread& me = *machine.thread;
+  auto& fences = machine.ledgers[block.index].fences;
+  fences.push_back(fences.empty() ? std::vector<uint32_t>(block.threads.size(), 0) : fences.back());
+  for (size_t i = 0; i < block.threads.size(); ++i) fences.back()[i] = std::max(fences.back()[i], me.known[i]);
+  fences.back()[me.id] = me.clock++;
+}
+
+inline void acquire(const void* address) {
+  auto found = machine.releases.find(reinterpret_cast<uint64_t>(address));
+  if (found == machine.releases.end()) return;
+  auto& seen = machine.ledgers[machine.block->index].seen;
+  for (auto [block, fences] : found->second) seen[block] = std::max(seen[block], fences);
+}
+
+// Passes on this block's fences so far, and those it has seen.
+inline void release(const void* address) {
+  const Ledger& mine = machine.ledgers[machine.block->index];
+  auto& at = machine.releases[reinterpret_cast<uint64_t>(address)];
+  at[machine.block->index] = mine.fences.size();
+  for (auto [block, fences] : mine.seen) at[block] = std::max(at[block], fences);
+}
+
+// Whether an earlier access is known to have happened before what this thread does now.
+inline bool ordered(const Access& before) {
+  if (before.block() == machine.block->index) {
+    return before.thread() == machine.thread->id || machine.thread->known[before.thread()] >= before.clock();
+  }
+  const auto& seen = machine.ledgers[machine.block->index].seen;
+  const auto found = seen.find(before.block());
+  if (found == seen.end() || found->second == 0) return false;
+  return machine.ledgers[before.block()].fences[found->second - 1][before.thread()] >= before.clock();
+}
+
+}  // namespace device::host

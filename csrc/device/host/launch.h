@@ -1,0 +1,235 @@
+// Runs a kernel: starts blocks, switches between their threads, and sees when nothing moves any more.
+#pragma once
+
+#include <random>
+
+#include "access.h"
+
+namespace device {
+namespace host {
+
+inline void thread_main() {
+  for (;;) {
+    machine.body();
+    machine.thread->state = State::done;
+    ++machine.steps;
+    leave(machine.thread->fiber);
+  }
+}
+
+class Launch {
+ public:
+  explicit Launch(bool cooperative) : random_(machine.seed) {
+    total_ = static_cast<int64_t>(machine.grid.x) * machine.grid.y * machine.grid.z;
+    resident_ = cooperative ? total_ : machine.resident;
+    machine.ledgers.assign(total_, Ledger());
+    machine.releases.clear();
+    for (auto& buffer : machine.buffers) buffer->track();
+    for (int64_t i = 0; i < total_; ++i) order_.push_back(machine.order == 1 ? total_ - 1 - i : i);
+    if (machine.order == 2) std::shuffle(order_.begin(), order_.end(), random_);
+  }
+
+  // False if a mistake was found: machine.report.
+  bool run() {
+    machine.failed = false;
+    while (!machine.failed) {
+      while (static_cast<int64_t>(live_.size()) < resident_ && next_ < total_) start(order_[next_++]);
+      if (live_.empty()) break;
+      round();
+    }
+    machine.thread = nullptr, machine.block = nullptr;
+    if (!machine.failed) return true;
+    for (auto& block : live_) {  // their threads stand in the middle of a kernel: their stacks begin anew
+      for (auto& thread : block->threads) thread->fiber.entered = false;
+    }
+    while (!live_.empty()) retire(live_.size() - 1);
+    return false;
+  }
+
+ private:
+  void start(int64_t index) {
+    auto block = std::make_unique<Block>();
+    block->index = index;
+    block->x = static_cast<int>(index % machine.grid.x);
+    block->y = static_cast<int>(index / machine.grid.x % machine.grid.y);
+    block->z = static_cast<int>(index / machine.grid.x / machine.grid.y);
+    block->live = machine.block_threads;
+    for (int i = 0; i < machine.block_threads; ++i) {
+      if (machine.idle.empty()) machine.idle.push_back(std::make_unique<Thread>());
+      block->threads.push_back(std::move(machine.idle.back()));
+      machine.idle.pop_back();
+    }
+    const uint32_t* nothing = block->snapshot();
+    for (int i = 0; i < machine.block_threads; ++i) {
+      Thread& thread = *block->threads[i];
+      thread.id = i, thread.state = State::ready, thread.clock = 1, thread.known = nothing;
+      thread.barrier = -1, thread.mask = 0;
+    }
+    block->meetings.resize(block->threads.size() / 32);
+    make_shared(block->dynamic, "dynamic_shared", machine.shared_bytes);
+    block->shared_bytes = machine.shared_bytes;
+    live_.push_back(std::move(block));
+  }
+
+  void retire(size_t at) {
+    for (auto& thread : live_[at]->threads) machine.idle.push_back(std::move(thread));
+    live_.erase(live_.begin() + at);
+  }
+
+  // Lets every thread that can go on go on once.
+  void round() {
+    const uint64_t before = machine.steps;
+    bool ran = false;
+    turns_.clear();
+    for (auto& block : live_) {
+      for (auto& thread : block->threads) {
+        if (thread->state != State::done) turns_.push_back({block.get(), thread.get()});
+      }
+    }
+    if (machine.order == 1) std::reverse(turns_.begin(), turns_.end());
+    if (machine.order == 2) std::shuffle(turns_.begin(), turns_.end(), random_);
+    for (auto [block, thread] : turns_) {
+      if (thread->state == State::waiting) continue;
+      ran |= thread->state == State::ready;
+      machine.block = block, machine.thread = thread;
+      enter(thread->fiber, thread_main);
+      if (machine.failed) return;
+      if (thread->state == State::done) --block->live;
+    }
+    for (size_t i = live_.size(); i-- > 0;) {
+      if (live_[i]->live == 0) retire(i);
+    }
+    if (!ran && !turns_.empty() && machine.steps == before) stuck();
+  }
+
+  // Nobody can go on: says who waits where.
+  void stuck() {
+    std::string text;
+    Where first;
+    for (auto& block : live_) {
+      std::map<std::string, std::vector<int>> groups;
+      for (auto& thread : block->threads) {
+        std::string group = "have returned";
+        if (thread->state != State::done) {
+          first = thread->at;
+          group = format("wait in %s at %s", thread->what, place(thread->at).c_str());
+          if (thread->barrier >= 0) {
+            const Barrier& barrier = block->barriers[thread->barrier];
+            group += format(" (barrier %d: %zu of %d have come)", thread->barrier, barrier.arrivals.size(), barrier.count);
+          }
+          if (thread->mask) group += " for lanes " + lanes(thread->mask);
+        }
+        groups[group].push_back(thread->id);
+      }
+      for (auto& [group, threads] : groups) text += "\n  " + who(*block) + ", threads " + ranges(threads) + " " + group;
+    }
+    if (next_ < total_) text += format("\n  %lld blocks have not begun", static_cast<long long>(total_ - next_));
+    machine.report = place(first) + ": every thread waits for ever:" + text;
+    machine.failed = true;
+  }
+
+ public:
+  static void make_shared(Region& region, const char* name, size_t bytes) {
+    region.name = name;
+    region.shared = true;
+    region.bytes = bytes;
+    region.storage.reset(new uint8_t[bytes + 1024]);
+    const uint64_t start = reinterpret_cast<uint64_t>(region.storage.get());
+    region.begin = region.storage.get() + (1024 - start % 1024) % 1024;
+    std::memset(region.begin, 0xff, bytes);
+    region.track();
+  }
+
+ private:
+  std::mt19937_64 random_;
+  int64_t total_ = 0, next_ = 0, resident_ = 1;
+  std::vector<int64_t> order_;
+  std::vector<std::unique_ptr<Block>> live_;
+  std::vector<std::pair<Block*, Thread*>> turns_;
+};
+
+constexpr int kFailed = 1;
+constexpr size_t kMostShared = 232448, kMostStatic = 48 << 10;
+
+inline int run(Dim grid, int threads, int shared_bytes, bool cooperative, std::function<void()> body) {
+  if (machine.failed) return kFailed;  // the report is still to be read
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535 || threads < 32 || threads > 1024 ||
+      threads % 32 || shared_bytes < 0 || static_cast<size_t>(shared_bytes) > kMostShared) {
+    machine.report = format("launch of a grid (%d, %d, %d) of %d threads with %d bytes of shared memory: sizes are 1 and more (y and "
+                            "z to 65535), threads a multiple of 32 up to 1024, shared memory up to %zu bytes",
+                            grid.x, grid.y, grid.z, threads, shared_bytes, kMostShared);
+    machine.failed = true;
+    return kFailed;
+  }
+  machine.grid = grid;
+  machine.block_threads = threads;
+  machine.shared_bytes = shared_bytes;
+  machine.body = std::move(body);
+  return Launch(cooperative).run() ? 0 : kFailed;
+}
+
+template <class T>
+inline Shared<T> static_array(const char* name, size_t count, const void* key, const Where& at) {
+  Block& block = *machine.block;
+  std::unique_ptr<Region>& array = block.arrays[key];
+  if (!array) {
+    const size_t bytes = count * sizeof(T), all = block.shared_bytes + bytes;
+    if (all > kMostShared || all - machine.shared_bytes > kMostStatic) {
+      fail_with(at, format("'%s' takes static shared memory to %zu bytes and the block's to %zu; there are %zu and %zu", name,
+                           all - machine.shared_bytes, all, kMostStatic, kMostShared));
+    }
+    block.shared_bytes = all;
+    array = std::make_unique<Region>();
+    Launch::make_shared(*array, name, bytes);
+  }
+  return {reinterpret_cast<T*>(array->begin), array.get()};
+}
+
+}  // namespace host
+
+// The host body takes no stream: it is done when it returns.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), Dim grid, int threads, int shared_bytes, void*, Arguments... arguments) {
+  return host::run(grid, threads, shared_bytes, false, [=] { kernel(static_cast<Parameters>(arguments)...); });
+}
+
+template <class... Parameters, class... Arguments>
+int launch_cooperative(void (*kernel)(Parameters...), Dim grid, int threads, int shared_bytes, void*, Arguments... arguments) {
+  return host::run(grid, threads, shared_bytes, true, [=] { kernel(static_cast<Parameters>(arguments)...); });
+}
+
+}  // namespace device
+
+// What the tests call, by ctypes (tests/csrc/host_library.py).
+#define FASTLM_HOST_API extern "C" __attribute__((visibility("default"), used)) inline
+
+// Forgets all buffers and the last report, and sets how the next launches run.
+FASTLM_HOST_API void fastlm_host_reset(int order, uint64_t seed, int resident) {
+  device::host::Machine& machine = device::host::machine;
+  machine.buffers.clear();
+  machine.report.clear();
+  machine.failed = false;
+  machine.order = order, machine.seed = seed, machine.resident = resident;
+}
+
+// mode: 0 input, 1 read and written, 2 output. From the first buffer on, accesses to any other memory are errors.
+FASTLM_HOST_API void fastlm_host_buffer(void* begin, size_t bytes, const char* name, int mode) {
+  auto region = std::make_unique<device::host::Region>();
+  region->name = name;
+  region->mode = static_cast<device::host::Mode>(mode);
+  region->begin = static_cast<uint8_t*>(begin);
+  region->bytes = bytes;
+  region->track();
+  device::host::machine.buffers.push_back(std::move(region));
+}
+
+// What went wrong in the last launch; empty if nothing did.
+FASTLM_HOST_API const char* fastlm_host_report() { return device::host::machine.report.c_str(); }
+
+// How many bytes of an output nobody has written yet.
+FASTLM_HOST_API int64_t fastlm_host_unwritten(const void* begin) {
+  for (auto& buffer : device::host::machine.buffers) {
+    if (buffer->begin == begin) return std::count(buffer->written.begin(), buffer->written.end(), false);
+  }
+  return -1;
+}
