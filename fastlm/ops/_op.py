@@ -6,7 +6,7 @@ An op has up to four backends:
                order, torch.func transforms, forward-mode AD and export come free. It is the oracle of every test.
 - `torch`      only where torch has a native fast form with the same meaning; the default on the CPU.
 - `triton`     kernels/<stem>.py, called through `torch.ops.fastlm.<op>`.
-- `cuda`       csrc/<stem>.cu, likewise.
+- `cuda`       csrc/<stem>.cu, likewise; compiled into one library file (_cuda.py).
 
 The last two (and a `torch` form that has a backward of its own) need the dispatcher: it keeps them opaque to torch.compile,
 gives them shapes without running (fake), gradients, and DTensor rules. The dispatcher has one CUDA slot, hence the
@@ -28,6 +28,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from fastlm.ops import _cuda
+
 BACKENDS = ("cuda", "triton", "torch", "reference")
 _KERNELS = ("cuda", "triton")  # those that need a GPU (Triton also runs in its interpreter)
 _LIB = torch.library.Library("fastlm", "DEF")
@@ -36,6 +38,8 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "o
 
 # A below-autograd guard: the op's own Autograd kernel re-enters the dispatcher underneath itself.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
 
 
 class _State(threading.local):
@@ -43,6 +47,7 @@ class _State(threading.local):
 
     backend = "auto"
     capture: list | None = None
+    chooses_freely = True  # no use_backend and no explain: one look instead of two
 
 
 _state = _State()
@@ -76,10 +81,12 @@ def use_backend(name: str) -> Iterator[None]:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"use_backend: name must be 'auto' or one of {', '.join(BACKENDS)}, got {name!r}")
     before, _state.backend = _state.backend, name
+    _state.chooses_freely = name == "auto" and _state.capture is None
     try:
         yield
     finally:
         _state.backend = before
+        _state.chooses_freely = before == "auto" and _state.capture is None
 
 
 def explain(op: Callable, *args: Any, **kwargs: Any) -> Explanation:
@@ -87,13 +94,13 @@ def explain(op: Callable, *args: Any, **kwargs: Any) -> Explanation:
 
     `op` is a public function of fastlm.ops. Raises whatever the call itself would raise for bad arguments.
     """
-    _state.capture = []
+    _state.capture, _state.chooses_freely = [], False
     try:
         op(*args, **kwargs)
     except _Explained as found:
         return found.args[0]
     finally:
-        _state.capture = None
+        _state.capture, _state.chooses_freely = None, _state.backend == "auto"
     raise TypeError(f"explain: {getattr(op, '__name__', op)!r} is not an op of fastlm.ops")
 
 
@@ -107,7 +114,8 @@ class Op:
         reference: the plain formula; called as `plain("reference", *args)`.
         torch: the native form, same arguments as the reference, or None.
         kernels: backend -> (forward launcher, backward launcher), each a callable or "module:function" below
-            fastlm.kernels that is imported on first use. Launchers take the schema's arguments without `backend`.
+            fastlm.kernels that is imported on first use; for "cuda" the names of the library's functions. Launchers take
+            the schema's arguments without `backend`.
         supports: `supports(backend, *tensors) -> reason or None`, given the arguments of `choose`.
         slower: `slower(backend, *tensors) -> reason or None`: why "auto" passes over a backend that could serve the call,
             because another one was measured to be faster there. A named backend does not ask.
@@ -206,11 +214,12 @@ class Op:
         for name in self.backends:
             if name in _KERNELS and not _on_cuda(first, tensors):
                 if _state.capture is not None:
-                    reasons[name] = "no CUDA tensor among the arguments; name the backend to run its CPU form"
+                    remedy = "" if name == "cuda" else "; name the backend to run its CPU form"
+                    reasons[name] = "no CUDA tensor among the arguments" + remedy
                 continue
-            reason = self.reason_against(name, *tensors)
-            if reason is None and self._slower is not None:
-                reason = self._slower(name, *tensors)
+            reason = self._slower(name, *tensors) if self._slower is not None else None
+            if reason is None:
+                reason = self.reason_against(name, *tensors)
             if reason is None:
                 return self._chosen(name, reasons)
             reasons[name] = reason
@@ -243,7 +252,9 @@ class Op:
         if backend not in self.kernels:
             raise ValueError(f"{self.name}: no kernel for backend {backend!r}; there is {tuple(self.kernels)}")
         launcher = self.kernels[backend][slot]
-        if isinstance(launcher, str):
+        if backend == "cuda":
+            launcher = _cuda.function(launcher)
+        elif isinstance(launcher, str):
             module, function = launcher.split(":")
             launcher = getattr(importlib.import_module(f"fastlm.kernels.{module}"), function)
         self._loaded[backend, slot] = launcher
@@ -269,6 +280,25 @@ class Op:
             for entry, rule in self._sharding:
                 register_sharding(entry)(rule)
             self._sharding = []
+
+
+def at_once(backend: str, first: Any) -> bool:
+    """Whether `choose` would give "torch" for a call on CPU tensors of which `first` is a plain one: eagerly, outside every
+    transform, with nobody asking or deciding from outside.
+
+    For ops whose torch form is then a call or two of torch's that refuse bad arguments themselves: a public function may make
+    these calls before its own checks, which cost as much as a small call, and come back to the checks for the message if torch
+    raises. Autocast is not asked for: such calls must be ones that it leaves alone.
+    """
+    return (
+        type(first) is Tensor
+        and first.is_cpu
+        and (backend == "auto" or backend == "torch")
+        and _state.chooses_freely
+        and forward_ad._current_level < 0
+        and not _transforms_active()
+        and not _is_compiling()
+    )
 
 
 def _on_cuda(first: Any, tensors: Sequence[Any]) -> bool:
@@ -302,7 +332,7 @@ def _needs_grad(args: Sequence[Any]) -> bool:
 
 
 def _transforming(tensors: Sequence[Any]) -> bool:
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_active():
         return True
     return forward_ad._current_level >= 0 and any(
         isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
@@ -318,6 +348,8 @@ def _kernel_reason(backend: str, dtypes: tuple, tensors: Sequence[Any]) -> str |
             continue
         if tensor.is_floating_point() and tensor.dtype not in dtypes:
             return f"its kernels take {', '.join(str(d)[6:] for d in dtypes)}, got {str(tensor.dtype)[6:]}"
+        if tensor.device.type == "cpu" and backend == "cuda":
+            return "it needs CUDA tensors, got cpu"
         if tensor.device.type == "cpu" and not _INTERPRET:
             return (
                 "it needs CUDA tensors, got cpu (or TRITON_INTERPRET=1 in the environment before the first kernel runs)"
@@ -326,7 +358,7 @@ def _kernel_reason(backend: str, dtypes: tuple, tensors: Sequence[Any]) -> str |
             return "its kernels need compute capability 8.0 (Ampere) or newer"
         if tensor.device.type not in ("cpu", "cuda", "meta"):
             return f"it has no kernels for device {tensor.device.type!r}"
-    return None
+    return _cuda.unavailable() if backend == "cuda" else None
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -341,6 +373,9 @@ def missing_backends() -> dict[str, str]:
         missing["triton"] = "triton is not installed; `pip install 'fastlm[triton]'`"
     elif not torch.cuda.is_available():
         missing["triton"] = "no CUDA GPU" + ("; running in Triton's interpreter" if _INTERPRET else "")
+    library = _cuda.unavailable()
+    if library or not torch.cuda.is_available():
+        missing["cuda"] = library or "no CUDA GPU"
     return missing
 
 
@@ -366,7 +401,8 @@ def host_values(tensor: Tensor) -> list | None:
 
 
 def grad_of(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """Differentiable gradients of `fn(*inputs)` (a tensor or a tuple), for a `backward_reference`.
+    """Gradients of `fn(*inputs)` (a tensor or a tuple), for a `backward_reference`: differentiable ones, unless grad mode is off,
+    as it is for a batch of cotangents that a hand-written backward cannot take.
 
     Every gradient exists, also of inputs that require none. None in, None out.
     """
@@ -376,13 +412,15 @@ def grad_of(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tenso
         # autograd.grad on the inputs themselves would follow that path too and add it to the other's gradient.
         return t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
-    twins = [twin(t) for t in inputs]
-    outputs = fn(*twins)
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        twins = [twin(t) for t in inputs]
+        outputs = fn(*twins)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
     live = [t for t in twins if t is not None]
     found = iter(
-        torch.autograd.grad([o for o, _ in pairs], live, [g for _, g in pairs], create_graph=True, allow_unused=True)
+        torch.autograd.grad([o for o, _ in pairs], live, [g for _, g in pairs], create_graph=graph, allow_unused=True)
     )
     result = []
     for t in twins:

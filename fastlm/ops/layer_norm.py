@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from fastlm.ops._op import at_once
 from fastlm.ops.norm_torch import layer_norm_torch
 from fastlm.ops.norm_wiring import check, check_casting, dropout_seed, norm_op
 
@@ -53,10 +55,22 @@ def layer_norm(
     Backends: triton on compute capability >= 8.0, N <= 262144, fewer than 2^31 rows.
     Paper: Ba, Kiros and Hinton 2016, arXiv:1607.06450.
     """
+    now = at_once(backend, x)
+    if (
+        now and residual is None and not dropout_p and not weight_offset and casting == "fp32"
+        # What the torch form comes to, but that with gradients 16 bits and a bias alone need more.
+        and (not torch.is_grad_enabled() or (x.dtype is torch.float32 and (weight is not None or bias is None)))
+    ):  # fmt: skip
+        try:
+            return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        except (RuntimeError, TypeError):  # there is a better message, or a parameter of another dtype
+            pass
     check("layer_norm", x, weight, bias, residual)
     llama = casting != "fp32" and check_casting("layer_norm", casting)
-    backend = OP.choose(backend, x, weight, bias, residual)
+    backend = "torch" if now else OP.choose(backend, x, weight, bias, residual)
     seed = dropout_seed("layer_norm", x, seed, dropout_p) if dropout_p else None
+    if now:
+        return layer_norm_torch(x, weight, bias, residual, seed, eps, weight_offset, llama, dropout_p)
     if backend in OP.plain_forms:
         return OP.plain(backend, x, weight, bias, residual, seed, eps, weight_offset, llama, dropout_p)
     y, residual_out, _, _ = OP.forward(x, weight, bias, residual, seed, eps, weight_offset, llama, dropout_p, backend)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from fastlm.ops._op import compute_dtype, grad_of
+from fastlm.ops._op import compute_dtype, grad_of, is_batched
 from fastlm.ops.norm_reference import dropped, normalised
 
-# Elements up to which torch's composites of many small calls cost less than a Function of Python: with a backward, and for
-# the forward of RMSNorm alone. Found with rows of 64 and 768 on one thread.
-_FEW, _FEW_FORWARD = 40_000, 1 << 19
+# 16-bit elements up to which torch's LayerNorm of an fp32 copy costs less, with its backward, than a Function of Python.
+_FEW = 40_000
+# How fp32 becomes the dtype, where it does not compute itself; the methods cost a microsecond less than to(dtype).
+_NARROW = {
+    torch.float32: None,
+    torch.float64: None,
+    torch.bfloat16: torch.Tensor.bfloat16,
+    torch.float16: torch.Tensor.half,
+}
 _BLOCK = 1 << 18  # elements of a block of rows on one thread
 
 
@@ -70,17 +76,76 @@ def layer_norm_torch(x, weight, bias, residual, seed, eps, weight_offset, llama,
     return _with_sum(_layer, x, weight, bias, residual, seed, eps, weight_offset, llama, dropout_p)
 
 
+def plain_rms_norm(x, weight, eps):
+    """RMSNorm of a plain CPU tensor as rms_norm_torch computes it, its checks included, in as few calls as it takes; None where
+    there is more to it: another dtype of the weight, none at all, nothing in x, so much in 16 bits that it goes by blocks."""
+    dtype = x.dtype
+    if weight is None or weight.dtype is not dtype or dtype not in _NARROW or weight.shape != x.shape[-1:]:
+        return None
+    if not 0 < x.numel() <= _BLOCK and (_NARROW[dtype] or not x.numel()):
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _PlainRMS.apply(x, weight, eps)
+    return _plain_rms(x, weight, eps)[0]
+
+
+def _plain_rms(x, weight, eps):
+    """y and rstd. F.rms_norm's composite makes eight passes over memory, and ten calls."""
+    narrow = _NARROW[x.dtype]
+    if narrow is None:
+        rstd = _rstd(x, eps)
+        return (x * rstd).mul_(weight), rstd
+    x = x.float()
+    rstd = _rstd(x, eps)
+    return narrow(x.mul_(rstd).mul_(weight)), rstd
+
+
+class _PlainRMS(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y, rstd = _plain_rms(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(dy):
+            return *_formula_gradients(dy, x, weight, None, ctx.eps, 0.0, False)[:2], None
+        shape, n, dtype = x.shape, weight.shape[0], x.dtype
+        if len(shape) != 2:
+            x, dy, rstd = x.reshape(-1, n), dy.reshape(-1, n), rstd.view(-1, 1)
+        narrow = _NARROW[dtype]
+        if narrow is not None:
+            x, dy, weight = x.float(), dy.float(), weight.float()
+        dx, dweight, _ = _rms_gradients(x, dy, rstd, weight, ctx.needs_input_grad[1], False)
+        if narrow is not None:
+            dx, dweight = narrow(dx), dweight if dweight is None else narrow(dweight)
+        return dx if len(shape) == 2 else dx.view(shape), dweight, None
+
+
 def _rms(x, weight, bias, eps, weight_offset, rounding):
     """RMSNorm of x, in x's dtype."""
-    with_grad = torch.is_grad_enabled()
-    if bias is None and not weight_offset and rounding is None and (weight is None or weight.dtype == x.dtype):
-        if x.numel() <= (_FEW if with_grad else _FEW_FORWARD) or not _may_block(x):
+    bare = bias is None and not weight_offset and rounding is None
+    if not _may_block(x):
+        if bare and (weight is None or weight.dtype == x.dtype):
             return torch.rms_norm(x, x.shape[-1:], weight, eps)
-    elif not _may_block(x):
         return normalised(x, weight, bias, eps, weight_offset, rounding, False).to(x.dtype)
-    if with_grad:
+    if bare and x.device.type == "cpu":
+        y = plain_rms_norm(x, weight, eps)
+        if y is not None:
+            return y
+    if torch.is_grad_enabled() and (x.requires_grad or _trained(weight) or _trained(bias)):
         return _RMS.apply(x, weight, bias, eps, weight_offset, rounding)
     return _rms_values(x, weight, bias, eps, weight_offset, rounding)[0]
+
+
+def _rstd(x, eps):
+    """1 / sqrt(mean(x^2) + eps) of rows, one column. A number beside a tensor costs a small call more than the call itself, but
+    for `value`."""
+    norm = torch.linalg.vector_norm(x, 2, -1, True)
+    return torch.full_like(norm, eps).addcmul_(norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 def _may_block(x):
@@ -88,13 +153,12 @@ def _may_block(x):
     return not torch.compiler.is_compiling() and x.numel() > 0 and type(x).__name__ != "DTensor"
 
 
-def _blocks(*tensors):
-    """The tensors [M, ...] in blocks of rows that, with what is computed from them, stay in the cache."""
-    rows, n = tensors[0].shape
-    step = rows
-    if tensors[0].device.type == "cpu" and tensors[0].element_size() == 2:  # fp32 needs no copies to compute with
-        step = max(1, _BLOCK * torch.get_num_threads() // max(n, 1))
-    return zip(*(t.split(step) for t in tensors)) if step < rows else [tensors]
+def _step(x):
+    """Rows of x, 16 bits on the CPU, that stay in the cache with what is computed from them in fp32; 0: take all at once."""
+    if x.element_size() != 2 or x.numel() <= _BLOCK or x.device.type != "cpu":  # fp32 needs no copies to compute with
+        return 0
+    step = max(1, _BLOCK * torch.get_num_threads() // x.shape[-1])
+    return step if step * x.shape[-1] < x.numel() else 0
 
 
 def _cast(t, dtype, offset=0.0):
@@ -102,25 +166,34 @@ def _cast(t, dtype, offset=0.0):
 
 
 def _rms_values(x, weight, bias, eps, weight_offset, rounding):
-    """y in x's dtype and rstd [M, 1], in few passes; F.rms_norm's composite makes eight over all of memory."""
-    rows, wide = x.reshape(-1, x.shape[-1]), compute_dtype(x)
-    y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-    rstd = torch.empty((len(rows), 1), dtype=wide, device=x.device)
-    scale, shift = _cast(weight, wide, weight_offset), _cast(bias, wide)
-    for part, y_part, r in _blocks(rows, y, rstd):
-        part = part.to(wide)
-        torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=r)
-        r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        out = torch.mul(part, r, out=y_part) if x.dtype == wide else part.mul_(r)
-        if rounding is not None:
-            out = out.to(rounding).to(wide)
-        if scale is not None:
-            out.mul_(scale)
-        if shift is not None:
-            out.add_(shift)
-        if out is not y_part:
-            y_part.copy_(out)
-    return y.view(x.shape), rstd
+    """y in x's dtype and rstd, in few passes and few calls; F.rms_norm's composite makes eight over all of memory."""
+    wide, step = compute_dtype(x), _step(x)
+    options = _cast(weight, wide, weight_offset), _cast(bias, wide), eps, wide, rounding
+    if not step:
+        y, rstd = _rms_block(x, *options)
+        return y if wide is x.dtype else y.to(x.dtype), rstd
+    y = torch.empty(x.shape, dtype=x.dtype)
+    rstd = torch.empty((*x.shape[:-1], 1), dtype=wide)
+    n = x.shape[-1]
+    for part, y_part, r_part in zip(*(t.split(step) for t in (x.reshape(-1, n), y.view(-1, n), rstd.view(-1, 1)))):
+        out, r = _rms_block(part, *options)
+        y_part.copy_(out)
+        r_part.copy_(r)
+    return y, rstd
+
+
+def _rms_block(x, scale, shift, eps, wide, rounding):
+    """y of rows x, in the dtype `wide`, and rstd of one column."""
+    x_wide = x.to(wide)
+    r = _rstd(x_wide, eps)
+    y = x_wide * r if x_wide is x else x_wide.mul_(r)
+    if rounding is not None:
+        y = y.to(rounding).to(wide)
+    if scale is not None:
+        y.mul_(scale)
+    if shift is not None:
+        y.add_(shift)
+    return y, r
 
 
 class _RMS(torch.autograd.Function):
@@ -134,30 +207,43 @@ class _RMS(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: rstd is a constant here, the formula knows better
-            formula = lambda x, w, b: normalised(x, w, b, ctx.eps, ctx.weight_offset, None, False).to(x.dtype)  # noqa: E731
-            return *grad_of(formula, (x, weight, bias), (dy,)), None, None, None
-        n, wide = x.shape[-1], rstd.dtype
+        if torch.is_grad_enabled() or is_batched(dy):
+            return *_formula_gradients(dy, x, weight, bias, ctx.eps, ctx.weight_offset, False), None, None, None
+        shape, n, step = x.shape, x.shape[-1], _step(x)
+        if len(shape) != 2:
+            x, dy, rstd = x.reshape(-1, n), dy.reshape(-1, n), rstd.view(-1, 1)
+        wide = rstd.dtype
         scale = _cast(weight, wide, ctx.weight_offset)
-        need_dweight, need_dbias = (t is not None and ctx.needs_input_grad[i] for i, t in ((1, weight), (2, bias)))
-        dweight = torch.zeros(n, dtype=wide, device=x.device) if need_dweight else None
-        dbias = torch.zeros(n, dtype=wide, device=x.device) if need_dbias else None
-        rows, dys = x.reshape(-1, n), dy.reshape(-1, n)
-        dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-        for part, d, r, out in _blocks(rows, dys, rstd, dx):
-            normed, d = part.to(wide) * r, d.to(wide)
-            product = d * normed
-            if need_dbias:
-                dbias += d.sum(0)
-            if need_dweight:
-                dweight += product.sum(0)
-            along = product.sum(-1, keepdim=True) if scale is None else (product @ scale).unsqueeze(-1)
-            found = normed.mul_(along.div_(-n))
-            found = found.add_(d) if scale is None else found.addcmul_(d, scale)
-            out.copy_(found.mul_(r)) if wide != x.dtype else torch.mul(found, r, out=out)
+        _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        if not step:
+            found, dweight, dbias = _rms_gradients(x.to(wide), dy.to(wide), rstd, scale, need_dweight, need_dbias)
+            dx = found.to(x.dtype)
+        else:
+            dx, sums = torch.empty(x.shape, dtype=x.dtype), torch.zeros((2, n), dtype=wide)
+            for part, d, r, out in zip(*(t.split(step) for t in (x, dy, rstd, dx))):
+                found, *parts = _rms_gradients(part.to(wide), d.to(wide), r, scale, need_dweight, need_dbias)
+                out.copy_(found)
+                for total, more in zip(sums, parts):
+                    if more is not None:
+                        total.add_(more)
+            dweight, dbias = sums
         dweight = dweight.to(weight.dtype) if need_dweight else None
         dbias = dbias.to(bias.dtype) if need_dbias else None
-        return dx.view(x.shape), dweight, dbias, None, None, None
+        return dx if len(shape) == 2 else dx.view(shape), dweight, dbias, None, None, None
+
+
+def _rms_gradients(x, dy, rstd, scale, need_dweight, need_dbias):
+    """Gradients by rows x [M, N], weight and bias of _rms_block, all in rstd's dtype; None for what is not needed."""
+    xhat, part = x * rstd, -1 / x.shape[-1]
+    product = dy * xhat
+    dbias = dy.sum(0) if need_dbias else None
+    dweight = product.sum(0) if need_dweight else None
+    if scale is None:
+        dx = torch.addcmul(dy, xhat, product.sum(-1, True), value=part)
+    else:
+        along = torch.mv(product, scale).unsqueeze(-1)  # not `@`, which autocast would send through 16 bits
+        dx = torch.mul(dy, scale, out=product).addcmul_(xhat, along, value=part)
+    return dx.mul_(rstd), dweight, dbias
 
 
 def _layer(x, weight, bias, eps, weight_offset, rounding):
@@ -194,20 +280,31 @@ def _layer16(x, weight, bias, eps):
     if not (torch.is_grad_enabled() and (x.requires_grad or _trained(weight) or _trained(bias))):
         if (weight is None or weight.dtype == x.dtype) and (bias is None or bias.dtype == x.dtype):
             return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
-        return torch.layer_norm(x, x.shape[-1:], _cast(weight, torch.float32), _cast(bias, torch.float32), eps)
+        return torch.layer_norm(x, x.shape[-1:], _float(weight), _float(bias), eps)
     trained = _trained(weight) or _trained(bias)
     if trained and x.numel() > _FEW and _may_block(x):
         return _Layer16.apply(x, weight, bias, eps)
     if weight is None and bias is None:
         weight = torch.ones(x.shape[-1])  # an fp32 parameter keeps the statistics in fp32
-    weight, bias = _cast(weight, torch.float32), _cast(bias, torch.float32)
+    weight, bias = _float(weight), _float(bias)
     if trained:
-        return torch.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
+        return _NARROW[x.dtype](torch.layer_norm(x.float(), x.shape[-1:], weight, bias, eps))
     return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _formula_gradients(dy, x, weight, bias, eps, weight_offset, centred):
+    """Gradients by x, weight and bias from the formula: under create_graph, where statistics are no constants, and for a batch
+    of cotangents (is_grads_batched), which must not be written into what is not batched."""
+    formula = lambda x, w, b: normalised(x, w, b, eps, weight_offset, None, centred).to(x.dtype)  # noqa: E731
+    return grad_of(formula, (x, weight, bias), (dy,))
 
 
 def _trained(t):
     return t is not None and t.requires_grad
+
+
+def _float(t):
+    return t if t is None else t.float()
 
 
 class _Layer16(torch.autograd.Function):
@@ -215,7 +312,7 @@ class _Layer16(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        weight32, bias32 = _cast(weight, torch.float32), _cast(bias, torch.float32)
+        weight32, bias32 = _float(weight), _float(bias)
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight32, bias32, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.eps = eps
@@ -224,23 +321,26 @@ class _Layer16(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph
-            formula = lambda x, w, b: normalised(x, w, b, ctx.eps, 0.0, None, True).to(x.dtype)  # noqa: E731
-            return *grad_of(formula, (x, weight, bias), (dy,)), None
-        need, n = ctx.needs_input_grad[:3], x.shape[-1]
-        weight32, bias32 = _cast(weight, torch.float32), _cast(bias, torch.float32)
+        if torch.is_grad_enabled() or is_batched(dy):
+            return *_formula_gradients(dy, x, weight, bias, ctx.eps, 0.0, True), None
+        weight32, bias32 = _float(weight), _float(bias)
+        need, shape = ctx.needs_input_grad[:3], x.shape[-1:]
         backward = torch.ops.aten.native_layer_norm_backward.default
-        dx, _, _ = backward(dy, x, (n,), mean, rstd, weight32, bias32, (need[0], False, False))
-        if not (need[1] or need[2]):
-            return dx, None, None, None
-        # The sums over rows again, of fp32: converted to that in a scratch that stays in the cache.
-        dweight, dbias, scratch = torch.zeros(n), torch.zeros(n), None
-        for part, d, m, r in _blocks(x.reshape(-1, n), dy.reshape(-1, n), mean.view(-1, 1), rstd.view(-1, 1)):
-            scratch = torch.empty((2, len(part), n)) if scratch is None else scratch[:, : len(part)]
-            wide_d, wide_x = scratch[0].copy_(d), scratch[1].copy_(part)
-            _, dw, db = backward(wide_d, wide_x, (n,), m, r, weight32, bias32, (False, *need[1:]))
-            if need[1]:
-                dweight += dw
-            if need[2]:
-                dbias += db
-        return dx, dweight.to(weight.dtype) if need[1] else None, dbias.to(bias.dtype) if need[2] else None, None
+        # The sums first: their scratch is dx's memory then.
+        dw, db = _layer_sums(backward, dy, x, mean, rstd, weight32, bias32, need)
+        dx, _, _ = backward(dy, x, shape, mean, rstd, weight32, bias32, (need[0], False, False))
+        return dx, dw.to(weight.dtype) if need[1] else None, db.to(bias.dtype) if need[2] else None, None
+
+
+def _layer_sums(backward, dy, x, mean, rstd, weight, bias, need):
+    """dweight and dbias, summed in fp32 over 16-bit rows that are converted to it in a scratch of at most dx's size."""
+    n = x.shape[-1]
+    rows, dys = (t if t.ndim == 2 else t.reshape(-1, n) for t in (x, dy))
+    step = min(max(1, len(rows) // 4), max(1, _BLOCK * torch.get_num_threads() // n))
+    scratch, mask, sums = torch.empty((2, step, n)), (False, *need[1:]), []
+    wide_d, wide_x = scratch.unbind()
+    for part, d, m, r in zip(rows.split(step), dys.split(step), mean.view(-1).split(step), rstd.view(-1).split(step)):
+        if len(part) < step:
+            wide_d, wide_x = scratch[:, : len(part)].unbind()
+        sums.append(backward(wide_d.copy_(d), wide_x.copy_(part), (n,), m, r, weight, bias, mask)[1:])
+    return (torch.stack(some).sum(0) if needed else None for some, needed in zip(zip(*sums), mask[1:]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastlm.ops.norm_torch import rms_norm_torch
+from fastlm.ops._op import at_once
+from fastlm.ops.norm_torch import plain_rms_norm, rms_norm_torch
 from fastlm.ops.norm_wiring import check, check_casting, dropout_seed, norm_op
 
 OP = norm_op("rms_norm", rms_norm_torch, centred=False)
@@ -55,10 +56,17 @@ def rms_norm(
     Backends: triton on compute capability >= 8.0, N <= 262144, fewer than 2^31 rows.
     Paper: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
+    now = at_once(backend, x)
+    if now and bias is residual is None and not dropout_p and not weight_offset and casting == "fp32":
+        y = plain_rms_norm(x, weight, eps)
+        if y is not None:
+            return y
     check("rms_norm", x, weight, bias, residual)
     llama = casting != "fp32" and check_casting("rms_norm", casting)
-    backend = OP.choose(backend, x, weight, bias, residual)
+    backend = "torch" if now else OP.choose(backend, x, weight, bias, residual)
     seed = dropout_seed("rms_norm", x, seed, dropout_p) if dropout_p else None
+    if now:
+        return rms_norm_torch(x, weight, bias, residual, seed, eps, weight_offset, llama, dropout_p)
     if backend in OP.plain_forms:
         return OP.plain(backend, x, weight, bias, residual, seed, eps, weight_offset, llama, dropout_p)
     y, residual_out, _, _ = OP.forward(x, weight, bias, residual, seed, eps, weight_offset, llama, dropout_p, backend)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlm import ops
 from fastlm.ops import explain, use_backend
-from fastlm.ops._op import REGISTRY, Op, missing_backends
+from fastlm.ops._op import REGISTRY, Op, at_once, missing_backends
 
 OP = REGISTRY["rms_norm"]
 
@@ -92,6 +92,27 @@ def test_use_backend_nests_and_ends_with_its_block(data):
     assert chosen() == default
     with pytest.raises(ValueError, match="name must be 'auto' or one of cuda, triton, torch, reference, got 'tritn'"):
         use_backend("tritn").__enter__()
+
+
+def test_a_call_is_taken_at_once_only_where_choose_says_torch():
+    x, said = torch.randn(3), []
+    say = lambda t: said.append(at_once("auto", t)) or t.sum()  # noqa: E731
+    assert at_once("auto", x) and at_once("torch", x)
+    assert not at_once("reference", x) and not at_once("triton", x) and not at_once("auto", None)
+    assert not at_once("auto", torch.nn.Parameter(x)) and not at_once("auto", x.to("meta"))
+    for name in ("torch", "reference"):
+        with use_backend(name):
+            say(x)
+            with use_backend("auto"):
+                assert at_once("auto", x)
+            explain(ops.rms_norm, x, torch.ones(3))
+            say(x)
+    explain(lambda t: (say(t), ops.rms_norm(t)), x)
+    torch.func.vmap(say)(x[None])
+    torch.func.jvp(say, (x,), (x,))
+    assert torch.compile(lambda t: t * at_once("auto", t), backend="eager", fullgraph=True)(x).count_nonzero() == 0
+    assert len(said) == 7 and not any(said)
+    assert at_once("auto", x), "it is over again after explain, use_backend and transforms"
 
 
 def test_use_backend_is_one_thread_s_own(data):

@@ -1,7 +1,27 @@
 import pytest
 import torch
 
+from fastlm import ops
 from tests.ops.norm_cases import Norm, NormTests
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(4, 8), (600, 96)], ids=str)
+def test_torch_form_takes_a_batch_of_cotangents(op, dtype, size):
+    """autograd.grad(is_grads_batched=True), which refuses calls that write into what is not batched."""
+    x, weight, dy = torch.randn(size), torch.randn(size[-1]), torch.randn(2, *size)
+    inputs = [t.to(dtype).requires_grad_() for t in (x, weight)]
+    y = getattr(ops, op)(*inputs, backend="torch")
+    both = torch.autograd.grad(y, inputs, dy.to(dtype), is_grads_batched=True, retain_graph=True)
+    for i, d in enumerate(dy.to(dtype)):
+        for got, want in zip(both, torch.autograd.grad(y, inputs, d, retain_graph=True), strict=True):
+            torch.testing.assert_close(
+                got[i],
+                want,
+                rtol=2e-2 if dtype == torch.bfloat16 else 1e-4,
+                atol=0.1 if dtype == torch.bfloat16 else 1e-3,
+            )
 
 
 class TestRMSNorm(NormTests):
