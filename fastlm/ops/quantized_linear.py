@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.kernels.matmul import bias_grad
 from fastlm.ops._op import Op, autocast_dtype, compute_dtype
 from fastlm.ops.quantize import GROUPS, dequantize_weight
 from fastlm.ops.quantized_cpu import few_rows_product
@@ -90,8 +89,14 @@ class _QuantizedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = OP.backward(dy, codes, scale, zero, *ctx.options)
         if ctx.needs_input_grad[4]:
-            dbias = bias_grad(dy.reshape(-1, dy.shape[-1]), bias)
+            dbias = _bias_grad(dy, bias)
         return dx, None, None, None, dbias, None, None, None
+
+
+def _bias_grad(dy, bias):
+    """Summed in fp32, rounded once. Over the dimensions as they are: a DTensor divided unevenly could not be reshaped."""
+    wide = torch.promote_types(dy.dtype, bias.dtype)
+    return (dy if dy.ndim == 1 else dy.sum(tuple(range(dy.ndim - 1)), dtype=wide)).to(bias.dtype)
 
 
 @OP.backward_reference

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fastlm import ops
 from tests.ops.fuzz import WIDTHS, Plan, shape_of
+from tests.ops.fuzz_plans_quantized import QUANTIZED
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -66,12 +67,8 @@ def activation(draw):
 def glu(draw):
     kind = draw(st.sampled_from(sorted(ACTIVATIONS)))
     shape = shape_of(draw, most=2048)
-    return Plan(
-        {"gate": shape, "up": shape},
-        lambda backend, gate, up: ops.glu(gate, up, kind, backend=backend),
-        lambda gate, up: ACTIVATIONS[kind](gate) * up,
-        {"kind": kind},
-    )
+    call = lambda backend, gate, up: ops.glu(gate, up, kind, backend=backend)  # noqa: E731
+    return Plan({"gate": shape, "up": shape}, call, lambda gate, up: ACTIVATIONS[kind](gate) * up, {"kind": kind})
 
 
 def rotary(draw):
@@ -397,4 +394,4 @@ def linear_kl_div(draw):
 
 _EVERY = (rms_norm, layer_norm, activation, glu, rotary, attention, softmax, mlp, gated_mlp, lora_linear, cross_entropy,
           linear_cross_entropy, linear_logprobs, kl_div, linear_kl_div)  # fmt: skip
-PLANS = {plan.__name__: plan for plan in _EVERY}
+PLANS = {plan.__name__: plan for plan in _EVERY} | QUANTIZED

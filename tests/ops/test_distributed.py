@@ -57,6 +57,8 @@ def _failures(results, start):
         "mlp",
         "gated_mlp",
         "lora_linear",
+        "fp8_linear",
+        "quantized_linear",
         "rotary",
         "attention",
         "linear_cross_entropy",

@@ -60,6 +60,18 @@ def _cases() -> dict:
         "gated_mlp": (ops.gated_mlp, (x, gate, up, down), "b..."),
         "gated_mlp in one matrix": (lambda x, g, d: ops.gated_mlp(x, g, None, d), (x, gate, down[:, :N]), "b.."),
         "lora_linear": (lambda x, w, a, b: ops.lora_linear(x, w, a, b, scale=2.0), (x, up, low[0], low[1]), "b..."),
+        "quantized_linear": (
+            lambda x, codes, scale, bias: ops.quantized_linear(x, codes, scale, None, bias),
+            (x, torch.randint(-127, 128, (6, N), dtype=torch.int8), torch.rand(6), torch.randn(6)),
+            "b--.",
+        ),
+        "quantized_linear of int4": (
+            lambda x, codes, scale, zero: ops.quantized_linear(x, codes, scale, zero, bits=4, group_size=32),
+            (x, torch.randint(0, 256, (6, 16)).byte(), torch.rand(6, 1), torch.randint(0, 16, (6, 1)).byte()),
+            "b---",
+        ),
+        "fp8_linear": (ops.fp8_linear, (x, up, torch.randn(2 * N)), "b.."),
+        "fp8_linear with one scale": (lambda x, w: ops.fp8_linear(x, w, scaling="tensor"), (x, up), "b."),
         "rotary": (ops.rotary, (q, k, angles.cos(), angles.sin()), "bb--"),
         "rotary from offsets": (
             lambda q, k, cos, sin, start: ops.rotary(q, k, cos, sin, offset=start),
