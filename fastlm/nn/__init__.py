@@ -4,11 +4,13 @@ from fastlm.nn import transformers
 from fastlm.nn.attention import Attention, alibi_slopes
 from fastlm.nn.cache import KVCache
 from fastlm.nn.distillation_loss import CrossEntropyLoss, KLDivLoss
+from fastlm.nn.fp8_linear import Fp8Linear
 from fastlm.nn.lora import LoRALinear
 from fastlm.nn.loss import LinearCrossEntropyLoss
 from fastlm.nn.mlp import MLP, GatedMLP
 from fastlm.nn.multihead_attention import MultiheadAttention
 from fastlm.nn.norm import LayerNorm, RMSNorm
+from fastlm.nn.quantized_linear import QuantizedLinear, QuantizeReport, quantize_
 from fastlm.nn.recording import attend, record_attention
 from fastlm.nn.replace import Report, replace
 from fastlm.nn.softmax import Softmax
@@ -17,6 +19,7 @@ __all__ = [
     "MLP",
     "Attention",
     "CrossEntropyLoss",
+    "Fp8Linear",
     "GatedMLP",
     "KLDivLoss",
     "KVCache",
@@ -24,11 +27,14 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LoRALinear",
     "MultiheadAttention",
+    "QuantizeReport",
+    "QuantizedLinear",
     "RMSNorm",
     "Report",
     "Softmax",
     "alibi_slopes",
     "attend",
+    "quantize_",
     "record_attention",
     "replace",
     "transformers",
