@@ -158,9 +158,9 @@ def write_state(s_ptr, scale_ptr, x, col, mask, left, half, BLOCK: tl.constexpr)
         tl.store(scale_ptr + row, scale, mask=None if mask is None else row * _GROUP < left)
 
 
-def launch(kernel, lists, streams, numbers: Numbers, *constants: float, states: int) -> None:
+def launch(kernel, lists, streams, numbers: Numbers, *constants: float, states: int, **flags: bool) -> None:
     """Runs a step kernel on lists in the order of the op's schema: params, grads, the states, masters, remainders, averages, and
-    the states' scales."""
+    the states' scales. flags: the kernel's own constexprs."""
     masters, remainders = lists[2 + states : 4 + states]
     codes = any(lists[5 + states :])
     stochastic = numbers.seed_ptr is not None and not masters and not remainders and lists[0][0].dtype == torch.bfloat16
@@ -171,7 +171,7 @@ def launch(kernel, lists, streams, numbers: Numbers, *constants: float, states: 
     if stochastic or remainders:
         types[0] = tl.int16  # the bits of bf16
     kernel[(table.owner.numel(),)](
-        table, numbers, *constants, *types, RANDOM_WEIGHTS=stochastic,
+        table, numbers, *constants, *types, **flags, RANDOM_WEIGHTS=stochastic,
         RANDOM_CODES=codes and numbers.seed_ptr is not None, ALIGNED=aligned, BLOCK=BLOCK,
         num_warps=4 if codes else 8,  # 16 elements to a thread: 16-byte accesses of codes too
     )  # fmt: skip

@@ -16,12 +16,14 @@ from fastlm.ops.layer_norm import layer_norm
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.linear_kl_div import linear_kl_div
 from fastlm.ops.linear_logprobs import linear_logprobs
+from fastlm.ops.lion import lion_
 from fastlm.ops.lora_linear import lora_linear
 from fastlm.ops.mlp import gated_mlp, mlp
 from fastlm.ops.newton_schulz import newton_schulz
 from fastlm.ops.quantized_linear import quantized_linear
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import rotary
+from fastlm.ops.sgd import sgd_
 from fastlm.ops.softmax import softmax
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_kl_div",
     "linear_logprobs",
+    "lion_",
     "lora_linear",
     "mlp",
     "newton_schulz",
@@ -51,6 +54,7 @@ __all__ = [
     "received_attention",
     "rms_norm",
     "rotary",
+    "sgd_",
     "softmax",
     "use_backend",
 ]

@@ -27,7 +27,12 @@ def _fused(params, grads, states, numbers, beta1, beta2, eps, weight_decay):
 
 
 OP = optimizer_op(
-    "adamw_", ("exp_avgs", "exp_avg_sqs"), "float beta1, float beta2, float eps, float weight_decay", _formula, _fused
+    "adamw_",
+    ("exp_avgs", "exp_avg_sqs"),
+    "float beta1, float beta2, float eps, float weight_decay",
+    _formula,
+    _fused,
+    True,
 )
 
 

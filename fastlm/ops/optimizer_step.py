@@ -53,7 +53,9 @@ class Common(NamedTuple):
     backend: str
 
 
-def optimizer_op(name: str, states: Sequence[str], constants: str, formula: Callable, fused: Callable) -> Op:
+def optimizer_op(
+    name: str, states: Sequence[str], constants: str, formula: Callable, fused: Callable, rounds_once: bool = False
+) -> Op:
     """The Op of an optimizer step over these lists of states, which its public function calls through `run_step`.
 
     Args:
@@ -61,6 +63,7 @@ def optimizer_op(name: str, states: Sequence[str], constants: str, formula: Call
         constants: the op's own numbers as schema text, such as "float beta1, float eps".
         formula: formula(weight, grad, *states, numbers, *constants) -> the new weight and states.
         fused: fused(weights, grads, states, numbers, *constants), in place on lists of tensors of one dtype.
+        rounds_once: whether `fused` takes 16-bit tensors and computes in fp32.
     """
     written = ["params", *states, "masters", "remainders", "averages", *map(scales_name, states)]
     lists = [f"Tensor({chr(97 + i)}!)[] {n}" for i, n in enumerate(written)]
@@ -71,8 +74,8 @@ def optimizer_op(name: str, states: Sequence[str], constants: str, formula: Call
     op = Op(
         name,
         f"({lists[0]}, Tensor[] grads, {', '.join(lists[1:])}, {numbers}, {constants}, str backend) -> ()",
-        reference=partial(_plain, _by_formula(formula), None),
-        torch=partial(_plain, _by_formula(formula), fused),
+        reference=partial(_plain, by_formula(formula), None, False),
+        torch=partial(_plain, by_formula(formula), fused, rounds_once),
         kernels={"triton": (f"{name.rstrip('_')}:{name}step", None)},
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
     )
@@ -162,7 +165,9 @@ def _found_inf(op: str, value: Any, device: torch.device, backend: str) -> Any:
 # --- the plain step -----------------------------------------------------------------------------------------------
 
 
-def _by_formula(formula: Callable) -> Callable:
+def by_formula(formula: Callable) -> Callable:
+    """The formula on lists of tensors, in place."""
+
     def update(weights, grads, states, numbers, *constants):
         for i, (w, g) in enumerate(zip(weights, grads)):
             old = [s[i] for s in states if s]
@@ -172,17 +177,24 @@ def _by_formula(formula: Callable) -> Callable:
     return update
 
 
-def _plain(update: Callable, fused: Callable | None, *args: Any) -> None:
+def _plain(update: Callable, fused: Callable | None, rounds_once: bool, *args: Any) -> None:
     """The reference (fused=None: formula on whole tensors) and the torch form (torch's fused step on pieces)."""
     lists, numbers, constants = Lists(*args[:-2]), *args[-2:]
     # torch's compiler cannot trace its fused step, but fuses the formula; and a skip must be decided on the device.
     if fused is None or torch.compiler.is_compiling() or numbers.found_inf is not None:
         return plain_step(update, lists, numbers, constants, None)
+    p = lists.params[0]
     bare = not (lists.masters or lists.remainders or lists.averages or any(lists.scales))
     dtypes = {tensors[0].dtype for tensors in (lists.params, lists.grads, *lists.states) if tensors}
-    if bare and numbers.grad_scale is None and numbers.seed is None and len(dtypes) == 1:
+    if (
+        bare
+        and numbers.grad_scale is None
+        and numbers.seed is None
+        and len(dtypes) == 1
+        and (rounds_once or compute_dtype(p) == p.dtype)
+    ):
         return fused(lists.params, lists.grads, lists.states, numbers, *constants)
-    piece = _PIECE["cuda" if lists.params[0].device.type == "cuda" else "cpu"]
+    piece = _PIECE["cuda" if p.device.type == "cuda" else "cpu"]
     return plain_step(fused, lists, numbers, constants, piece)
 
 
