@@ -156,7 +156,8 @@ def _row(kernel, arch: int) -> dict:
 
 def compile_all(stems: list[str], workers: int) -> dict[str, dict]:
     """The rows of every case of these ops on every architecture."""
-    tasks = [(s, i, arch) for s in stems for i in range(len(getattr(load(s), "AOT", []))) for arch in ARCHS]
+    cases = [(s, i, case) for s in stems for i, case in enumerate(getattr(load(s), "AOT", []))]
+    tasks = [(s, i, arch) for s, i, case in cases for arch in case.archs or ARCHS]
     os.environ.pop("TRITON_INTERPRET", None)  # the workers start afresh and read it anew
     rows: dict[str, dict] = {}
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -101,10 +101,11 @@ class Aot:
     Args:
         launcher: "module:function" below fastlm.kernels, as in the op's definition.
         args: what the launcher takes; tensors from `meta`, with the shapes, dtypes and strides of a real call.
+        archs: compute capabilities times ten to compile for, where not all can run it (80 has no fp8).
     """
 
-    def __init__(self, launcher: str, *args: Any) -> None:
-        self.launcher, self.args = launcher, args
+    def __init__(self, launcher: str, *args: Any, archs: Sequence[int] | None = None) -> None:
+        self.launcher, self.args, self.archs = launcher, args, archs
 
     def __str__(self) -> str:
         return " ".join([self.launcher.split(":")[1], *map(_signature, self.args)])

@@ -223,7 +223,8 @@ def test_import_is_light():
 def public_ops() -> dict:
     from fastlm import ops
 
-    helpers = {"explain", "use_backend", "attention_weights", "received_attention"}  # the last two: plain torch only
+    plain_torch = {"attention_weights", "received_attention", "fp8_quantize"}
+    helpers = {"explain", "use_backend", *plain_torch}
     return {n: getattr(ops, n) for n in ops.__all__ if inspect.isfunction(getattr(ops, n)) and n not in helpers}
 
 

@@ -10,6 +10,7 @@ from fastlm.ops.attention_options import RelativeBias
 from fastlm.ops.block_mask import BlockMask
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.decode_attention import decode_attention
+from fastlm.ops.fp8_linear import fp8_linear, fp8_quantize
 from fastlm.ops.global_norm import global_norm
 from fastlm.ops.kl_div import kl_div
 from fastlm.ops.layer_norm import layer_norm
@@ -38,6 +39,8 @@ __all__ = [
     "cross_entropy",
     "decode_attention",
     "explain",
+    "fp8_linear",
+    "fp8_quantize",
     "gated_mlp",
     "global_norm",
     "glu",

@@ -43,8 +43,6 @@ def int8_products_are_exact() -> bool:
     return True
 
 
-def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
-    """a [M, K] times b [N, K] transposed, both fp8, times scale_a [M, 1] and scale_b [1, N] (or [1, 1] both), plus bias, in dtype."""
-    if bias is not None:
-        bias = bias.to(dtype if dtype != torch.float32 else torch.bfloat16)
-    return torch._scaled_mm(a, b.t(), scale_a, scale_b, bias, out_dtype=dtype)
+def scaled_product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """a [M, K] times b [N, K] transposed, both fp8, times scales [M, 1] and [1, N] (or one element each), plus bias, in dtype."""
+    return torch._scaled_mm(a, b.t(), *scales, bias, out_dtype=dtype)

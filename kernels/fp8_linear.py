@@ -1,0 +1,88 @@
+"""Linear layer in fp8 e4m3: scales, codes and the chain forward and backward. Plain torch: runs without Triton.
+
+A scale is amax / 448 in fp32, of a row or of the whole matrix; a code is x * (1 / amax * 448), rounded to nearest even and never
+past 448. Every backend makes the same codes, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .matmul import bias_grad, empty_grad, matrix, weight_grad
+
+LARGEST = 448.0  # of e4m3
+TINY = 1e-12  # least amax: what lies far below is 0
+CODES = torch.float8_e4m3fn
+
+
+def scale_and_inverse(matrix, by_row, given):
+    """fp32 [N, 1] or [1, 1]: scale of each row of a matrix [N, D], or of all, and what it is multiplied by. `given`: a scale.
+    NaN where there is NaN or infinity."""
+    if given is not None:
+        scale = given.to(torch.float32).reshape(-1, 1)
+        return scale, scale.reciprocal()
+    rows = matrix.shape[0] if by_row else 1
+    if matrix.numel() == 0:
+        amax = torch.zeros((rows, 1), dtype=torch.float32, device=matrix.device)
+    else:
+        dim = 1 if by_row else None  # a norm takes one pass and no copy, and NaN stays NaN
+        amax = torch.linalg.vector_norm(
+            matrix, float("inf"), dim, dtype=torch.promote_types(matrix.dtype, torch.float32)
+        )
+    amax = amax.to(torch.float32).view(rows, 1).clamp(min=TINY)
+    amax = amax + (amax - amax)  # infinity becomes NaN
+    return amax / LARGEST, amax.reciprocal() * LARGEST
+
+
+def quantize(matrix, by_row, given=None):
+    """A matrix [N, D] -> codes [N, D] and their scales [N, 1] or [1, 1]."""
+    scale, inverse = scale_and_inverse(matrix, by_row, given)
+    return (matrix.to(torch.float32) * inverse).clamp(-LARGEST, LARGEST).to(CODES), scale
+
+
+def weight_scales(weight, weight_scale):
+    """Scales of a weight that is already in codes, [F, 1] or [1, 1]."""
+    return weight_scale.to(torch.float32).reshape(-1, 1)
+
+
+def forward(quantize, product, x, weight, bias, weight_scale, input_scale, by_row):
+    """-> y [..., F]. quantize(matrix, by_row, given) -> codes, scales; product(codes, scales, codes, scales, bias, dtype)."""
+    rows = matrix(x)
+    codes, scale = quantize(rows, by_row, input_scale)
+    if weight.dtype == CODES:
+        weight_codes, weight_scale = weight, weight_scales(weight, weight_scale)
+    else:
+        weight_codes, weight_scale = quantize(weight, by_row, weight_scale)
+    y = product(codes, scale, weight_codes, weight_scale, bias, x.dtype)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def wide_weight(weight, weight_scale, dtype):
+    """The weight in dtype; codes are multiplied by their scales in fp32 and rounded once."""
+    if weight.dtype != CODES:
+        return weight.to(dtype)
+    return (weight.to(torch.float32) * weight_scales(weight, weight_scale)).to(dtype)
+
+
+def backward(dy, x, weight, bias, weight_scale, need):
+    """-> gradients of x, weight and bias, those of the linear layer without rounding to fp8 (straight through); an empty
+    tensor for each whose bit of `need` is 0."""
+    rows, flat = matrix(x), matrix(dy)
+    dx, dw, db = (empty_grad(x, t, False) for t in (x, weight, bias))
+    if need & 1:
+        dx = torch.mm(flat, wide_weight(weight, weight_scale, x.dtype)).view(x.shape)
+    if need & 2:
+        dw = weight_grad(flat, rows, weight)
+    if need & 4:
+        db = bias_grad(flat, bias)
+    return dx, dw, db
+
+
+# --- torch's own products -----------------------------------------------------------------------------------------
+
+
+def wide_product(codes, scale, weight_codes, weight_scale, bias, dtype):
+    """By a product in fp32 (fp64 for dtype fp64): codes are exact in it."""
+    wide = torch.promote_types(dtype, torch.float32)
+    y = torch.mm(codes.to(wide), weight_codes.to(wide).t()).mul_(scale).mul_(weight_scale.t())
+    return (y if bias is None else y.add_(bias)).to(dtype)
