@@ -7,6 +7,9 @@ import dataclasses
 from fastlm.config import option
 from fastlm.errors import UserError
 from fastlm.optim import SCHEDULES
+from fastlm.optim.state import PRECISIONS
+
+OPTIMIZERS = ("adamw", "lion", "sgd", "muon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +33,24 @@ class TrainConfig:
     min_lr: float = option(1e-4, "learning rate at the end of the schedule")
     schedule: str = option("cosine", "how the learning rate falls after the warm-up", choices=tuple(SCHEDULES))
     warmup: int = option(100, "steps of linear warm-up")
-    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's decay rates of the first and second moment")
+    decay: float = option(0.1, "wsd: share of the steps, at the end, in which the learning rate falls")
+    optimizer: str = option("adamw", "what makes the step; muon: hidden matrices, AdamW the rest", choices=OPTIMIZERS)
+    betas: tuple[float, float] | None = option(
+        None, "decay rates of the first and second moment; none for 0.9 and 0.95 (adamw, muon) or 0.99 (lion)"
+    )
+    momentum: float = option(0.9, "of sgd and muon")
     eps: float = option(1e-8, "AdamW's epsilon")
     weight_decay: float = option(0.1, "decoupled weight decay of matrices; norms and biases have none")
     clip: float = option(1.0, "largest global gradient norm; 0 switches clipping off")
+    optimizer_precision: str = option(
+        "nearest", "how 16-bit weights keep what rounding cuts off; fp32 ones do not ask", choices=PRECISIONS
+    )
+    state_bits: int | None = option(
+        None, "32 or 8: bits of an element of the optimizer's moments; none for the weights' own"
+    )
+    average_decay: float | None = option(
+        None, "keep a moving average of the weights, evaluate and save that; such as 0.999"
+    )
 
     precision: str = option("fp32", "bf16: autocast over fp32 weights", choices=("fp32", "bf16"))
     activation_checkpointing: bool = option(
@@ -75,6 +92,16 @@ class TrainConfig:
                 raise UserError(f"train: {name} must be at least 0, got {getattr(self, name)}")
         if self.min_lr > self.lr:
             raise UserError(f"train: min_lr must not be above lr, got {self.min_lr} and {self.lr}")
+        if not 0 <= self.decay <= 1:
+            raise UserError(f"train: decay must be a share of the steps in [0, 1], got {self.decay}")
+        for name in ("momentum", "average_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UserError(f"train: {name} must be in [0, 1), got {value}")
+        if self.state_bits not in (None, 8, 32):
+            raise UserError(f"train: state_bits must be 32 or 8, got {self.state_bits}")
+        if self.betas is None:
+            object.__setattr__(self, "betas", (0.9, 0.99) if self.optimizer == "lion" else (0.9, 0.95))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train: betas must be two numbers in [0, 1), got {self.betas}")
         if self.resume and self.overwrite:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import UserError
-from fastlm.optim import SCHEDULES, AdamW, clip_coefficient, global_norm, parameter_groups
+from fastlm.optim import clip_coefficient, global_norm
 from fastlm.train import checkpoint, plot, setup, speed, terminal
 from fastlm.train.config import TrainConfig
 from fastlm.train.metrics import MetricsLog, read_metrics
@@ -91,7 +91,7 @@ def train(
             with state_dict() and load_state_dict() for resuming.
         validation_loader: the same; it is put back to its first batch before each evaluation. None: no evaluation.
         loss_function: (model, batch on the device) -> 0-d sum of the loss over the batch's live tokens.
-        optimizer: anything with step(grad_scale=) and tensors as state. Default: AdamW, no decay on one-dimensional parameters.
+        optimizer: anything with step(grad_scale=) and tensors as state. Default: the one that config names.
         tokenizer: with `save(folder)`: written beside the weights in model/ and best/.
 
     Returns:
@@ -136,9 +136,7 @@ class _Run:
         self.out, self.checkpoints = Path(config.out), Path(config.out) / "checkpoints"
         self.device = setup.pick_device(config.device)
         self.model = model.to(self.device)
-        self.optimizer = optimizer or AdamW(
-            parameter_groups(model, config.weight_decay), config.lr, config.betas, config.eps, config.weight_decay
-        )
+        self.optimizer = optimizer or setup.make_optimizer(model, config)
         self.loss_function = loss_function or _model_loss
         self.train_loader, self.validation_loader = train_loader, validation_loader
         self.at = _Progress()
@@ -194,7 +192,8 @@ class _Run:
         while not stopped_by:
             stopped_by = self._finished() if self._step() else "data"
             if stopped_by or self._due(config.evaluate_every):
-                self._evaluate()
+                with setup.averages(self.optimizer):
+                    self._evaluate()
                 stopped_by = stopped_by or self._finished()  # evaluating takes time, and patience
             if stopped_by or stop.signal_number is not None or self._due(config.checkpoint_every):
                 self._save()
@@ -206,7 +205,8 @@ class _Run:
                 )
             if time.monotonic() - self.last_drawn > 60:
                 self._draw()
-        checkpoint.save_model(self.model, self.out / "model", self.tokenizer)
+        with setup.averages(self.optimizer):
+            checkpoint.save_model(self.model, self.out / "model", self.tokenizer)
         self._draw()
         loss = sum(at.recent_losses) / len(at.recent_losses) if at.recent_losses else None
         best = (at.best_validation_loss, at.best_step)
@@ -220,7 +220,7 @@ class _Run:
         if not batches:
             return False
         live = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
-        lr = self._learning_rate()
+        lr = setup.learning_rate(config, at.step, at.seconds)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses = []
@@ -347,13 +347,6 @@ class _Run:
             for name, value in record.items():
                 if name not in ("kind", "step", "best"):
                     self.board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-
-    def _learning_rate(self) -> float:
-        config, at = self.config, self.at
-        steps = float("inf") if config.steps is None else config.steps
-        if config.max_seconds is not None and at.seconds > 0:
-            steps = min(steps, at.step * config.max_seconds / at.seconds)
-        return config.lr * SCHEDULES[config.schedule](at.step, steps, config.warmup, config.min_lr / config.lr)
 
     def _share_done(self) -> float:
         """How much of the run is done, in [0, 1], by whichever of its bounds is nearer."""

@@ -1,4 +1,4 @@
-"""What a run does before its first step: the device, the out folder, the checkpoint to resume from."""
+"""What a run is made of: the device, the out folder, the checkpoint to resume from, the optimizer and its learning rate."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import dataclasses
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastlm import optim
 from fastlm.config import to_dict
 from fastlm.errors import UserError
 from fastlm.train import checkpoint
@@ -65,6 +67,44 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"train: device {name} is not there ({torch.cuda.device_count()} GPUs found); use cpu or auto")
     return device
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that the settings name; no weight decay on one-dimensional parameters."""
+    name, groups = config.optimizer, optim.parameter_groups(model, config.weight_decay)
+    # The loop itself stops before a step that is not finite.
+    options = {"precision": config.optimizer_precision, "average_decay": config.average_decay, "skip_nonfinite": False}
+    if name == "muon":
+        if config.state_bits is not None:
+            raise UserError("train: state_bits is not for muon, whose momentum is orthogonalised as it is")
+        rates = {"lr": config.lr, "adamw_lr": config.lr, "betas": config.betas}
+        decays = {"weight_decay": config.weight_decay, "adamw_weight_decay": config.weight_decay}
+        # One learning rate and one weight decay for all, as if for AdamW.
+        options |= {"momentum": config.momentum, "adjust_lr_fn": "match_rms_adamw"}
+        return optim.Muon(optim.muon_groups(model, **rates, **decays), **options)
+    options |= {"state_bits": config.state_bits}
+    if name == "sgd":
+        return optim.SGD(groups, config.lr, config.momentum, **options)
+    if name == "lion":
+        return optim.Lion(groups, config.lr, config.betas, **options)
+    return optim.AdamW(groups, config.lr, config.betas, config.eps, **options)
+
+
+def averages(optimizer: torch.optim.Optimizer) -> AbstractContextManager:
+    """A block in which the model has its averaged weights, where the optimizer keeps some."""
+    kept = any(group.get("average_decay") is not None for group in optimizer.param_groups)
+    return optimizer.averages() if kept else nullcontext()
+
+
+def learning_rate(config: TrainConfig, step: int, seconds: float) -> float:
+    """The rate of the step about to be made, `seconds` into the run. In a time box the schedule ends with the time."""
+    steps = float("inf") if config.steps is None else config.steps
+    if config.max_seconds is not None and seconds > 0:
+        steps = min(steps, step * config.max_seconds / seconds)
+    plan = {"warmup": config.warmup, "floor": config.min_lr / config.lr}
+    if config.schedule == "wsd":
+        plan["decay"] = config.decay
+    return config.lr * optim.SCHEDULES[config.schedule](step, steps, **plan)
 
 
 def plain_settings(config: TrainConfig) -> dict[str, Any]:
