@@ -14,6 +14,7 @@ from fastlm.nn.quantized_linear import QuantizedLinear, QuantizeReport, quantize
 from fastlm.nn.recording import attend, record_attention
 from fastlm.nn.replace import Report, replace
 from fastlm.nn.softmax import Softmax
+from fastlm.nn.sparse import SparseLinear24, prune_2_4, sparse_gain
 
 __all__ = [
     "MLP",
@@ -32,10 +33,13 @@ __all__ = [
     "RMSNorm",
     "Report",
     "Softmax",
+    "SparseLinear24",
     "alibi_slopes",
     "attend",
     "quantize_",
+    "prune_2_4",
     "record_attention",
     "replace",
+    "sparse_gain",
     "transformers",
 ]
