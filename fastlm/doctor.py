@@ -16,7 +16,8 @@ _OPTIONAL = ("triton", "numpy", "safetensors", "tokenizers", "transformers", "te
 
 
 def report() -> dict[str, Any]:
-    """Everything `fastlm doctor` prints, as plain data: versions, devices, ops (backend -> "ok" or the reason), host."""
+    """Everything `fastlm doctor` prints, as plain data: versions, devices, ops (backend -> "ok" or the reason),
+    host, library (of the CUDA kernels)."""
     from fastlm import ops  # noqa: F401  registers every op
     from fastlm.ops._op import BACKENDS, REGISTRY, missing_backends
 
@@ -28,6 +29,7 @@ def report() -> dict[str, Any]:
         "versions": _versions(),
         "devices": _devices(),
         "host": _host(),
+        "library": _library(),
         "ops": table,
     }
 
@@ -64,6 +66,12 @@ def _host() -> str:
     return f"numpy twin: no compiled fastlm._host for Python {platform.python_version()}; reinstall with a C++ compiler"
 
 
+def _library() -> str:
+    from fastlm.ops import _cuda
+
+    return _cuda.unavailable() or f"{_cuda.PATH}, version {_cuda.VERSION}"
+
+
 def show() -> None:
     """Prints the report as tables."""
     from rich.console import Console
@@ -76,6 +84,7 @@ def show() -> None:
     for device in data["devices"]:
         facts.add_row("[bold]device[/]", device)
     facts.add_row("[bold]host loops[/]", data["host"])
+    facts.add_row("[bold]CUDA kernels[/]", data["library"])
     console.print(facts, highlight=False)
     backends = list(next(iter(data["ops"].values())))
     console.print("\nBackends of each op, in the order in which `auto` prefers them")

@@ -2,16 +2,14 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in", "fastlm", "kernels", "csrc")
+from tests.wheels import ROOT, build_wheel, copy_checkout, install, run
+
 NO_COMPILER = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc", "PATH": os.path.dirname(sys.executable)}
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 
@@ -19,49 +17,24 @@ pytest.importorskip("setuptools")
 pytest.importorskip("wheel")
 
 
-def _run(command, cwd, **environment):
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "CC")} | environment
-    done = subprocess.run(
-        [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the checkout without anything built."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-            )
-        elif (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder / name)
-    return folder
+    return copy_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture(scope="module")
 def sdist(checkout, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdist")
     script = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-    _run([sys.executable, "-c", script, folder], checkout, **NO_COMPILER)
+    run([sys.executable, "-c", script, folder], checkout, **NO_COMPILER)
     (archive,) = folder.glob("fastlm-*.tar.gz")
     return archive
-
-
-def _wheel(source, folder, **environment):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    _run([*command, "--wheel-dir", folder, "."], source, **environment)
-    (wheel,) = Path(folder).glob("*.whl")
-    return wheel
 
 
 @pytest.fixture(scope="module")
 def wheel(checkout, tmp_path_factory):
     """Built with whatever compiler there is."""
-    return _wheel(checkout, tmp_path_factory.mktemp("wheel"))
+    return build_wheel(checkout, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +44,7 @@ def plain_wheel(sdist, tmp_path_factory):
     with tarfile.open(sdist) as archive:
         archive.extractall(source, filter="data")
     (source,) = source.iterdir()
-    return _wheel(source, tmp_path_factory.mktemp("plain_wheel"), **NO_COMPILER)
+    return build_wheel(source, tmp_path_factory.mktemp("plain_wheel"), **NO_COMPILER)
 
 
 IMPORT = """
@@ -104,12 +77,9 @@ else:
 
 
 def _install_and_import(wheel, target, elsewhere):
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
-    _run(command, elsewhere)
+    install(wheel, target, elsewhere)
     assert (target / "bin" / "fastlm").exists()
-    return _run(
-        [sys.executable, "-c", IMPORT, target, "fastlm/kernels"], elsewhere, PYTHONPATH=str(target)
-    ).splitlines()
+    return run([sys.executable, "-c", IMPORT, target, "fastlm/kernels"], elsewhere, PYTHONPATH=str(target)).splitlines()
 
 
 def _sources_in(names):
@@ -151,11 +121,11 @@ def test_sdist_holds_what_a_build_needs(sdist):
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     for name in KERNELS:
         assert f"kernels/{name}" in names
-    for path in (ROOT / "csrc").iterdir():
-        assert f"csrc/{path.name}" in names
+    for path in (ROOT / "csrc").rglob("*"):
+        assert path.is_dir() or "__pycache__" in path.parts or str(path.relative_to(ROOT)) in names
     assert {"LICENSE", "pyproject.toml", "setup.py"} <= names
 
 
 def test_bare_checkout(checkout, tmp_path):
-    out = _run([sys.executable, "-c", IMPORT, checkout, "kernels"], tmp_path, PYTHONPATH=str(checkout))
+    out = run([sys.executable, "-c", IMPORT, checkout, "kernels"], tmp_path, PYTHONPATH=str(checkout))
     assert float(out.split()[0]) == pytest.approx(8.0, abs=1e-3)

@@ -15,17 +15,37 @@ _WIDEST = 262144
 CASTINGS = ("fp32", "llama")
 
 
-def _supports(backend, x, *_):
+def _supports(backend, x, *others):
     if backend == "triton":
         if x.shape[-1] > _WIDEST:
             return f"its rows are at most {_WIDEST} wide, got {x.shape[-1]}"
         if x.numel() >= (x.shape[-1] or 1) * 2**31:
             return f"its rows are numbered in 32 bits: fewer than 2^31 of them, got x {list(x.shape)}"
+    return _cuda_supports(x, *others) if backend == "cuda" else None
+
+
+def _cuda_supports(x, weight, bias, residual):
+    tensors = [t for t in (x, weight, bias, residual) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "it has no backward yet; call it under torch.no_grad()"
+    if x.numel() >= (x.shape[-1] or 1) * 2**31:
+        return f"its rows are numbered in 32 bits: fewer than 2^31 of them, got x {list(x.shape)}"
+    if any(t.dtype not in (x.dtype, torch.float32) for t in tensors):
+        return f"weight, bias and residual must have x's dtype {x.dtype} or float32"
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        return f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}"
     return None
+
+
+def _slower(backend, *_):
+    return "it was not measured on a GPU yet; name it to use it" if backend == "cuda" else None
 
 
 def norm_op(name, torch_form, centred: bool) -> Op:
     """The Op of one norm. centred: whether the mean is taken off. torch_form takes the arguments of norm_reference."""
+    kernels: dict[str, tuple] = {"triton": (f"{name}:{name}_fwd", f"{name}:{name}_bwd")}
+    if not centred:
+        kernels["cuda"] = (f"{name}_fwd", None)
     op = Op(
         name,
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, float eps, float weight_offset, bool llama,"
@@ -35,8 +55,9 @@ def norm_op(name, torch_form, centred: bool) -> Op:
         " str backend) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
         reference=partial(norm_reference, centred=centred),
         torch=torch_form,
-        kernels={"triton": (f"{name}:{name}_fwd", f"{name}:{name}_bwd")},
+        kernels=kernels,
         supports=_supports,
+        slower=_slower,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
     )
     op.fake(partial(_fake_forward, centred), _fake_backward)

@@ -42,7 +42,7 @@ def rms_norm(
         weight_offset: added to weight in fp32: 1.0 is Gemma's form.
         casting: "fp32": all in fp32, rounded once (with weight_offset=1 as Gemma does). "llama": the normalised s is
             rounded to x's dtype before it is scaled, as in transformers' LlamaRMSNorm. Gradients see no rounding.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cuda".
 
     Returns:
         y [..., N] in x's dtype; with `residual` the pair (y, residual_out), residual_out = s in residual's dtype, which is
@@ -53,7 +53,8 @@ def rms_norm(
         unknown or unsupported backend. TypeError: x, weight, bias or residual is not floating point, dropout_p is no number,
         seed is neither int nor tensor.
 
-    Backends: triton on compute capability >= 8.0, N <= 262144, fewer than 2^31 rows.
+    Backends: triton on compute capability >= 8.0, N <= 262144, fewer than 2^31 rows. cuda: likewise but any N; forward only
+        (nothing may require a gradient), weight, bias and residual in x's dtype or fp32; not chosen by "auto".
     Paper: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     now = at_once(backend, x)

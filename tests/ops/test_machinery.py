@@ -143,8 +143,8 @@ def test_a_named_backend_never_falls_back(data):
             _norm(wide, weight, name)
     with use_backend("triton"), pytest.raises(ValueError, match="cannot serve this call: its kernels take float32"):
         ops.rms_norm(x.double())
-    with use_backend("cuda"):  # rms_norm has no such backend: it goes on choosing by itself
-        assert ops.rms_norm(x, weight).shape == x.shape
+    with use_backend("cuda"):  # layer_norm has no such backend: it goes on choosing by itself
+        assert ops.layer_norm(x, weight).shape == x.shape
 
 
 def test_the_reason_without_a_gpu(data, device, monkeypatch):
@@ -156,11 +156,11 @@ def test_the_reason_without_a_gpu(data, device, monkeypatch):
     monkeypatch.setattr("fastlm.ops._op._HAS_TRITON", False)
     with pytest.raises(ValueError, match="triton is not installed"):
         _norm(*data)
-    assert missing_backends() == {"triton": "triton is not installed; `pip install 'fastlm[triton]'`"}
+    assert missing_backends().items() >= {"triton": "triton is not installed; `pip install 'fastlm[triton]'`"}.items()
 
 
 def test_the_dispatcher_entry_refuses_what_it_has_no_kernel_for(data):
-    with pytest.raises(ValueError, match=r"rms_norm: no kernel for backend 'reference'; there is \('triton',\)"):
+    with pytest.raises(ValueError, match=r"rms_norm: no kernel for backend 'reference'; there is \('triton', 'cuda'\)"):
         torch.ops.fastlm.rms_norm(*data, None, None, None, 1e-5, 0.0, False, 0.0, "reference")
 
 
