@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastlm.kernels.chunked_loss import inverse
 from fastlm.ops import loss_checks as checks
-from fastlm.ops._op import Op, compute_dtype, grad_of
+from fastlm.ops._native import MEAN, cross_entropy_loss
+from fastlm.ops._op import Op, at_once, compute_dtype, grad_of
 
 
 def _scaled(input, scale, softcap):
@@ -36,19 +37,54 @@ def _reference(input, target, weight, ignore_index, label_smoothing, z_loss, sca
     return loss.where((target >= 0) & (target < V), torch.nan).where(live, 0)
 
 
+def _any_ignored(target, ignore_index):
+    """Whether a row is ignored, or there is none. target: 1-d on the CPU, eagerly."""
+    if target.numel() > 128:
+        return bool((target == ignore_index).any())
+    values = target.tolist()  # a microsecond, where that counts
+    return not values or ignore_index in values
+
+
+def has_bad_rows(input, target, ignore_index):
+    """Whether an ignored row holds NaN or inf, of which torch would make a NaN gradient. Only these rows are read; CPU, eager."""
+    if not _any_ignored(target.reshape(-1), ignore_index):
+        return False
+    values = input.detach()
+    if values.numel() <= 1 << 15 and math.isfinite(values.sum()):
+        return False
+    return not values[target == ignore_index].sum().isfinite()
+
+
 def without_bad_rows(input, target, ignore_index):
-    """input, unless an ignored row holds NaN or inf, of which torch would make a NaN gradient: then 0 in ignored rows. Only
-    these are read. CPU, eagerly."""
-    if (
-        target.ndim == 1 and len(target) <= 256 and ignore_index not in target.tolist()
-    ):  # a microsecond, where that counts
+    """input, with 0 in its ignored rows if one `has_bad_rows`."""
+    if not has_bad_rows(input, target, ignore_index):
         return input
-    if input.numel() <= 1 << 15 and math.isfinite(input.detach().sum()):
-        return input
-    ignored = target == ignore_index
-    if not ignored.any() or input.detach()[ignored].sum().isfinite():
-        return input
-    return input.masked_fill(ignored.unsqueeze(-1), 0)
+    return input.masked_fill((target == ignore_index).unsqueeze(-1), 0)
+
+
+def _mean_at_once(input, target, ignore_index, label_smoothing):
+    """The mean by torch's own function in as few calls as it takes; None where there is more to it: bad arguments, a target
+    out of range, no row that counts, ignored rows that would spoil a gradient. input: a plain CPU tensor."""
+    if target.dtype is not torch.int64:
+        return None
+    if target.ndim != 1:
+        if target.shape != input.shape[:-1]:
+            return None
+        input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    elif input.ndim != 2:
+        return None
+    dtype = input.dtype
+    try:
+        x = input if dtype is torch.float32 or dtype is torch.float64 else input.float()
+        loss = cross_entropy_loss(x, target, None, MEAN, ignore_index, label_smoothing)
+    except (IndexError, RuntimeError, TypeError, ValueError):  # there is a better message
+        return None
+    if loss.requires_grad:
+        if not _any_ignored(target, ignore_index):
+            return loss
+        if has_bad_rows(input, target, ignore_index):
+            return None
+    return None if math.isnan(loss.item()) else loss
 
 
 def _torch(input, target, weight, ignore_index, label_smoothing, z_loss, scale, softcap, reduction="none"):
@@ -59,7 +95,7 @@ def _torch(input, target, weight, ignore_index, label_smoothing, z_loss, scale, 
         wrong = (flat != ignore_index) & ((flat < 0) | (flat >= input.shape[-1]))
         flat = flat.masked_fill(wrong, ignore_index)
         clean = input.masked_fill((target == ignore_index).unsqueeze(-1), 0)
-    elif input.requires_grad:
+    elif input.requires_grad and torch.is_grad_enabled():
         clean = without_bad_rows(input, target, ignore_index)
     x = clean if plain else _scaled(clean, scale, softcap)
     x = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
@@ -195,6 +231,13 @@ def cross_entropy(
     Backends: triton (compute capability >= 8.0), torch (F.cross_entropy itself; the CPU default), reference.
     """
     ignore_index = -100 if ignore_index is None else ignore_index
+    if (
+        reduction == "mean" and weight is token_weight is denominator is softcap is None and not z_loss
+        and type(scale) is float and scale == 1 and at_once(backend, input)
+    ):  # fmt: skip
+        loss = _mean_at_once(input, target, ignore_index, label_smoothing)
+        if loss is not None:
+            return loss
     _check(input, target, weight, reduction, label_smoothing, scale, softcap, z_loss, token_weight, denominator)
     backend = OP.choose(backend, input, target, weight)
     number = None if softcap is None else float(softcap)

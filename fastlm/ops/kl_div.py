@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.kernels.chunked_loss import inverse
-from fastlm.ops._op import Op, _without_autocast, compute_dtype, grad_of
+from fastlm.ops._op import Op, at_once, compute_dtype, grad_of
 from fastlm.ops.loss_checks import check_denominator, ordinary
 from fastlm.ops.loss_gradients import save, saved
 
@@ -171,6 +171,29 @@ def _small(student, teacher, beta, temperature, reduction):
     log_q, log_p = student.log_softmax(-1, dtype=dtype), teacher.log_softmax(-1, dtype=dtype)
     pair = (log_q, log_p) if beta == 0 else (log_p, log_q)
     return F.kl_div(*pair, reduction=reduction, log_target=True)
+
+
+def _sum_at_once(student, teacher, beta, temperature):
+    """The sum over all rows of plain CPU tensors in few calls and little memory; None where there is more to it: bad arguments,
+    many logits, 0 times infinity."""
+    if teacher.shape != student.shape or not 0 < student.numel() <= _SMALL or student.ndim == 0:
+        return None
+    if not (student.is_floating_point() and teacher.is_floating_point() and 0 < temperature < math.inf):
+        return None
+    if student.dtype is not torch.float64:
+        student, teacher = student.float(), teacher.float()
+    elif teacher.dtype is not torch.float64:
+        teacher = teacher.double()
+    if temperature != 1:
+        student, teacher = student / float(temperature), teacher / float(temperature)
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    if beta == 1:
+        total = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+    elif log_q.requires_grad:
+        total = ((log_p - log_q) * log_p.exp_()).sum()
+    else:
+        total = torch.sub(log_p, log_q, out=log_q).mul_(log_p.exp_()).sum()
+    return None if math.isnan(total.item()) else total
 
 
 OP = Op(
@@ -350,20 +373,19 @@ def kl_div(
 
     Backends: triton (compute capability >= 8.0), torch (the CPU default), reference.
     """
-    _check(student_logits, teacher_logits)
-    check_options("kl_div", student_logits.shape[:-1], beta, temperature, mask, token_weight, reduction, denominator)
     if teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
+    if (
+        mask is token_weight is denominator is None and (beta == 0 or beta == 1) and reduction in ("mean", "sum")
+        and at_once(backend, student_logits)
+    ):  # fmt: skip
+        total = _sum_at_once(student_logits, teacher_logits, beta, temperature)
+        if total is not None:
+            return total if reduction == "sum" else total / (student_logits.numel() // student_logits.shape[-1])
+    _check(student_logits, teacher_logits)
+    check_options("kl_div", student_logits.shape[:-1], beta, temperature, mask, token_weight, reduction, denominator)
     mask = ordinary(mask)
     args = student_logits, teacher_logits, mask, float(beta), float(temperature)
     backend = OP.choose(backend, *args[:3])
-    if (
-        backend == "torch" and mask is None and token_weight is None and reduction != "none" and beta in (0, 1)
-        and type(student_logits) is Tensor and student_logits.numel() <= _SMALL and student_logits.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-    ):  # fmt: skip
-        total = _without_autocast(_small, (*args[:2], beta, temperature, "sum"))
-        if not math.isnan(total.item()):
-            return total if reduction == "sum" else _mean(total, student_logits.shape[:-1].numel(), None, denominator)
     loss = OP.plain(backend, *args) if backend in OP.plain_forms else OP.forward(*args, backend)[0]
     return reduced(loss, mask, token_weight, reduction, denominator)
