@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from fastlm.ops._op import Op, compute_dtype
+from fastlm.ops._native import softmax_gradient
+from fastlm.ops._op import Op, at_once, compute_dtype, is_batched
 
 _WIDEST = 262144
 _FEW = 1 << 14  # elements up to which autograd's own steps cost less than a Function of Python
-_BLOCK = 1 << 17  # elements of a block of rows of the torch form
+_BLOCK = 1 << 18  # elements of a block of 16-bit rows of the torch form
 
 
 def _reference(x, mask, scale):
@@ -24,55 +25,33 @@ def _reference(x, mask, scale):
     return torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0).to(x.dtype)
 
 
-def _scores(x, mask, scale):
-    """scale * x + mask, in few passes."""
-    if mask is None:
-        return x * scale
-    if mask.dtype != torch.bool:
-        return torch.add(mask if mask.dtype == x.dtype else mask.to(x.dtype), x, alpha=scale)
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return (x * scale).masked_fill_(~mask, float("-inf"))
-    if x.numel() > _FEW:
-        return _Scores.apply(x, mask, scale)
-    return (x if scale == 1 else x * scale).masked_fill(~mask, float("-inf"))
-
-
-class _Scores(torch.autograd.Function):
-    """scale * x where mask is True, else -inf. What is hidden gets no gradient from softmax as it is: y is 0 there."""
-
-    @staticmethod
-    def forward(ctx, x, mask, scale):
-        ctx.scale = scale
-        return (x * scale).masked_fill_(~mask, float("-inf"))
-
-    @staticmethod
-    def backward(ctx, ds):
-        return ds if ctx.scale == 1 else ds * ctx.scale, None, None
-
-
 def _torch(x, mask, scale):
     if mask is None and scale == 1:
         return torch.softmax(x, -1)
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0 or type(x).__name__ == "DTensor":
         return _reference(x, mask, scale)
-    if x.element_size() > 2 or (scale == 1 and mask.dtype == torch.bool):  # the scores fit into x's dtype
-        return _softmax_of(_scores(x, mask, scale), mask)
-    if x.numel() <= _FEW or type(x).__name__ == "DTensor":
-        return _softmax_of(_scores(x.float(), mask, scale), mask).to(x.dtype)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Softmax16.apply(x, mask, scale)
-    return _softmax16(x, mask, scale)
+    if mask is None and x.element_size() == 2 and abs(math.frexp(scale)[0]) == 0.5 and abs(scale) <= 1:
+        return torch.softmax(x * scale, -1)  # a power of two rounds nothing
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _values(x, mask, scale)
+    if x.numel() > _FEW:
+        return _OnCPU.apply(x, mask, scale)
+    return _differentiable(x, mask, scale)
 
 
-def _softmax_of(s, mask):
-    """softmax of the scores, 0 in rows of nothing but -inf if there is a mask."""
+def _differentiable(x, mask, scale):
+    """The formula, but for the care for rows of nothing but -inf where there is none."""
+    wide = compute_dtype(x)
+    s = x.to(wide) * scale
+    if mask is not None:
+        s = s.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else s + mask.to(wide)
     y = torch.softmax(s, -1)
-    if mask is None or not math.isnan(
-        (y.detach() if y.requires_grad else y).select(-1, 0).sum()
-    ):  # a hidden row is NaN
-        return y
-    dead = (s == float("-inf")).all(-1, keepdim=True)  # a NaN may also be the user's own
-    return torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+    return _reference(x, mask, scale) if mask is not None and _nan_in(y.detach()) else y.to(x.dtype)
+
+
+def _nan_in(y):
+    """Whether a row of y is NaN: hidden altogether, or its scores are."""
+    return math.isnan(y.select(-1, 0).sum().item())
 
 
 def _blocks(*tensors):
@@ -87,27 +66,46 @@ def _blocks(*tensors):
         yield from (part,) if step else _blocks(*part)
 
 
-def _softmax16(x, mask, scale):
-    """softmax of 16-bit x by way of fp32 scores: what a mask or a scale makes of them need not fit into 16 bits."""
+def _values(x, mask, scale):
+    """softmax by way of scores in fp32: what a mask or a scale makes of 16-bit x need not fit into 16 bits. In place in them."""
+    wide = compute_dtype(x)
+    added = mask
+    if mask is not None and mask.dtype == torch.bool and 4 * mask.numel() <= x.numel():
+        # An addition costs a tenth of a masked_fill. It leaves NaN and inf of what is hidden, which are seen to below.
+        added = torch.zeros(mask.shape, dtype=wide).masked_fill_(~mask, float("-inf"))
+    elif mask is not None and mask.dtype != torch.bool:
+        added = mask.to(wide)
+    if wide == x.dtype:
+        return _block_values(x, added, scale, wide, mask)
+    if x.numel() <= _BLOCK:
+        y = _block_values(x, added, scale, wide, mask)
+        return y.bfloat16() if x.dtype is torch.bfloat16 else y.to(x.dtype)
     y = torch.empty(x.shape, dtype=x.dtype)
-    for part, m, out in _blocks(x, mask if mask is None else mask.expand(x.shape), y):
-        s = part.float()
-        if mask is None:
-            s.mul_(scale)
-        elif mask.dtype != torch.bool:
-            torch.add(m, s, alpha=scale, out=s)
-        else:
-            s.mul_(scale).masked_fill_(~m, float("-inf"))
-        out.copy_(_softmax_of(s, mask))
+    wholes = (t if t is None else t.expand(x.shape) for t in (added, mask))
+    for part, m, hidden, out in _blocks(x, *wholes, y):
+        out.copy_(_block_values(part, m, scale, wide, hidden))
     return y
 
 
-class _Softmax16(torch.autograd.Function):
-    """_softmax16, whose backward reads 16-bit y alone."""
+def _block_values(x, added, scale, wide, mask):
+    s = x.to(wide)
+    if added is None or added.dtype == torch.bool:
+        s = s * scale if s is x else s.mul_(scale)
+        if added is not None:
+            s.masked_fill_(~added, float("-inf"))
+    else:
+        s = torch.add(added, s, alpha=scale, out=None if s is x else s)
+    s = s if s.is_contiguous() else s.contiguous()
+    y = torch.softmax(s, -1, out=s)
+    return _reference(x, mask, scale) if mask is not None and _nan_in(y) else y
+
+
+class _OnCPU(torch.autograd.Function):
+    """_values, and torch's own backward of softmax, which reads y alone. What is hidden gets no gradient: y is 0 there."""
 
     @staticmethod
     def forward(ctx, x, mask, scale):
-        y = _softmax16(x, mask, scale)
+        y = _values(x, mask, scale)
         ctx.save_for_backward(y)
         ctx.scale = scale
         return y
@@ -115,15 +113,10 @@ class _Softmax16(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph
+        if torch.is_grad_enabled() or is_batched(dy):
             return _backward_reference(dy, y, ctx.scale, None), None, None
-        dx = torch.empty(y.shape, dtype=y.dtype)
-        for d, p, out in _blocks(dy, y, dx):
-            p = p.float()
-            product = d.float().mul_(p)
-            product.addcmul_(p, product.sum(-1, keepdim=True), value=-1)
-            out.copy_(product if ctx.scale == 1 else product.mul_(ctx.scale))
-        return dx, None, None
+        dx = softmax_gradient(dy, y)
+        return dx if ctx.scale == 1 else dx.mul_(ctx.scale), None, None
 
 
 def _supports(backend, x, mask):
@@ -248,6 +241,10 @@ def softmax(
         elif mask is not None:  # it says the same for every element along dim
             mask = mask.expand(*[1] * (-dim - mask.ndim), *mask.shape).movedim(dim, -1)
         return softmax(x.movedim(dim, -1), scale=scale, mask=mask, backend=backend).movedim(-1, dim)
+    if at_once(backend, x):
+        if mask is None and x.dtype is torch.float32 and not (x.requires_grad and torch.is_grad_enabled()):
+            return torch.softmax(x if scale == 1 else x * scale, -1)  # what _torch comes to
+        return _torch(x, mask, scale)
     backend = OP.choose(backend, x, mask)
     if backend in OP.plain_forms:
         return OP.plain(backend, x, mask, scale)
