@@ -11,13 +11,26 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.models.transformer import MLP, Attention, Block, Transformer
-from fastlm.nn import KVCache, LayerNorm, RMSNorm
+from fastlm.nn import KVCache, LayerNorm, QuantizedLinear, RMSNorm
+from fastlm.ops.quantized_cpu import FineRowProduct, RowProduct
 
 # Rows are decoded one after the other, so that a row's numbers do not depend on the batch. Beyond this many, one product
 # for all rows is faster.
 MAX_ROWS = 3
 _BLOCK = 64  # keys attended to, in steps of this many: buffers and views are made once a block instead of once a token
-_PLAIN = {Transformer, Block, Attention, MLP, LayerNorm, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList}
+_SMALL = 1 << 17  # elements of a weight below which calls take longer than reading it
+_PLAIN = {
+    Transformer,
+    Block,
+    Attention,
+    MLP,
+    LayerNorm,
+    RMSNorm,
+    nn.Linear,
+    QuantizedLinear,
+    nn.Embedding,
+    nn.ModuleList,
+}
 
 
 def reason_against(model: nn.Module, rows: int) -> str | None:
@@ -43,7 +56,8 @@ class CpuDecoder:
     A product of one row is a batched product here, the weight [N, K] seen as [P, N / P, K]: MKL then reads it at 22-28 GB/s on
     one core and 33-60 on two, F.linear at 10 GB/s on either (384 x 384 to 2048 x 2048, EPYC 9004). fp32 and fp64 weights are
     used where they lie. Of bf16 and fp16 weights an fp32 copy is made, which takes twice their memory while the decoder
-    lives; arithmetic and new keys and values are fp32 then. The logits do not depend on the number of threads.
+    lives; arithmetic and new keys and values are fp32 then. int8 codes (nn.QuantizedLinear, one scale a row) are read as they
+    are, with bf16 activations; of other codes an fp32 copy is made. The logits do not depend on the number of threads.
 
     The weights must not change while the decoder lives; it is made anew for each generation.
     """
@@ -73,7 +87,7 @@ class CpuDecoder:
             cos, sin = model.cos[:longest].to(dtype), model.sin[:longest].to(dtype)
             self.cos, self.sin = torch.stack((cos, cos), 1), torch.stack((-sin, sin), 1)  # [T, 2, Dh / 2]
         self.norm = _Norm(model.norm, self.stream, self.normed)
-        self.head = _Product(model.head_weight, None, self.normed, self.logits)
+        self.head = _head(model, self.normed, self.logits)
         first, *others = model.blocks
         self.layers = [self._layer(first)]
         self.threads = _Threads(self.layers[0][-2])
@@ -84,11 +98,11 @@ class CpuDecoder:
         up = block.mlp.gate_up if self.config.gated else block.mlp.up
         return (
             _Norm(block.norm1, self.stream, self.normed),
-            _Product(block.attention.qkv.weight, block.attention.qkv.bias, self.normed, self.qkv),
-            _Product(block.attention.out.weight, block.attention.out.bias, self.mixed, self.stream),
+            _product(block.attention.qkv, self.normed, self.qkv),
+            _product(block.attention.out, self.mixed, self.stream),
             _Norm(block.norm2, self.stream, self.normed),
-            _Product(up.weight, up.bias, self.normed, self.up),
-            _Product(block.mlp.down.weight, block.mlp.down.bias, self.active, self.stream),
+            _product(up, self.normed, self.up),
+            _product(block.mlp.down, self.active, self.stream),
         )
 
     def step(self, tokens: Sequence[int], live: Sequence[int]) -> Tensor:
@@ -124,6 +138,24 @@ class CpuDecoder:
             down.add()
         self.norm()
         self.head()
+
+
+def _product(layer: nn.Module, x: Tensor, y: Tensor) -> _Product | RowProduct:
+    """The product with a layer's weight. int8 codes are read as they are where that is faster than an fp32 copy of it."""
+    bias = getattr(layer, "bias", None)
+    small = not isinstance(layer, QuantizedLinear) or layer.codes.numel() < _SMALL
+    if small or RowProduct.reason_against(layer.codes, layer.scale, layer.zero, layer.bits, x):
+        return _Product(layer.weight, bias, x, y)
+    return RowProduct(layer.codes, layer.scale, bias, x, y)
+
+
+def _head(model: Transformer, x: Tensor, y: Tensor) -> _Product | FineRowProduct:
+    """The product that gives the logits, with the codes of nn.quantize_(skip=()) or, where tied, nn.quantize_(tied=True)."""
+    layer = vars(model).get("quantized_head", model.embed) if model.config.tie_embeddings else model.head
+    plain = not isinstance(layer, QuantizedLinear)
+    if plain or FineRowProduct.reason_against(layer.codes, layer.scale, layer.zero, layer.bits, x):
+        return _Product(layer.weight, None, x, y)
+    return FineRowProduct(layer.codes, layer.scale, x, y)
 
 
 class _Product:

@@ -11,6 +11,7 @@ is dequantised first; 62 ms for 256 rows, 96 by F.linear.
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -79,3 +80,87 @@ def _sums(digits, codes):
     for row, to in zip(digits.split(1), out.split(1)):
         _native.int8_product(row, weight, out=to)
     return out
+
+
+class RowProduct:
+    """y = W x + bias or, by `add`, y += W x + bias, for fp32 vectors x [K] and y [N] that stay where they are: for decoding. W is
+    int8 codes with one scale a row.
+
+    x and W x are rounded to bf16, an eighth of the error that W's codes have. One pass over the codes: in a whole step, where
+    every weight comes from beyond the cache, the fastest way there is.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, x: Tensor, y: Tensor) -> None:
+        self.x, self.y, self.codes = x, y, codes.contiguous()
+        self.scale, self.bias = scale.float(), None if bias is None else bias.detach().float()
+        self.narrow = torch.zeros((1, len(x)), dtype=torch.bfloat16)
+        self.ones = torch.ones(len(y), dtype=torch.bfloat16)
+        self.change = torch.zeros(len(y))
+
+    @staticmethod
+    def reason_against(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, x: Tensor) -> str | None:
+        """Why this weight must do without, or None."""
+        if bits != 8 or zero is not None or scale.ndim != 1:
+            return "it is for int8 codes with one scale a row and no zeros"
+        if x.dtype != torch.float32 or codes.shape[1] % _BF16_COLUMNS:
+            return f"it is for fp32 vectors of a multiple of {_BF16_COLUMNS} elements, got {x.dtype} [{codes.shape[1]}]"
+        return None
+
+    def __call__(self) -> None:
+        self.y.copy_(self._sums()).mul_(self.scale)
+        if self.bias is not None:
+            self.y.add_(self.bias)
+
+    def add(self) -> None:
+        self.y.addcmul_(self.change.copy_(self._sums()), self.scale)
+        if self.bias is not None:
+            self.y.add_(self.bias)
+
+    def _sums(self) -> Tensor:
+        """In units of the scales, which are not rounded to bf16: that would bend whole rows."""
+        self.narrow.copy_(self.x)
+        return _native.int8_weight_product(self.narrow, self.codes, self.ones)[0]
+
+
+class FineRowProduct:
+    """RowProduct for logits, whose order must not depend on bf16: x has 16 bits, a 65,024th of its largest value, and y 24.
+
+    Two products of integers, one for either byte of x.
+    """
+
+    # Added to a number below 2^22 they leave its integer part, rounded, in the low bits of the sum's mantissa: the second byte of
+    # the first sum and the first byte of the other one are its two digits to the base 256, from -128 to 127.
+    _ROUND = torch.tensor([[1.5 * 2**23 + 128], [1.5 * 2**23]])
+    _RANGE = 127.0 * 256
+
+    def __init__(self, codes: Tensor, scale: Tensor, x: Tensor, y: Tensor) -> None:
+        N, K = codes.shape
+        self.x, self.y, self.weight, self.scale = x, y, codes.contiguous().t(), scale.float()
+        self.shifted = torch.zeros(2, K)
+        self.bytes = self.shifted.view(torch.int8).as_strided((2, K), (4 * K - 1, 4), 1)
+        self.digits = torch.zeros((2, K), dtype=torch.int8)
+        self.sums = torch.zeros((2, N), dtype=torch.int32)
+        self.wide = torch.zeros(2, N)
+        self.pairs = tuple(zip(self.digits.split(1), self.sums.split(1)))
+
+    @staticmethod
+    def reason_against(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, x: Tensor) -> str | None:
+        """Why this CPU or this weight must do without, or None."""
+        if bits != 8 or zero is not None or scale.ndim != 1:
+            return "it is for int8 codes with one scale a row and no zeros"
+        if x.dtype != torch.float32 or codes.shape[1] > _MOST_COLUMNS:
+            return f"it is for fp32 vectors of at most {_MOST_COLUMNS} elements, got {x.dtype} [{codes.shape[1]}]"
+        if sys.byteorder != "little" or not _native.int8_products_are_exact():
+            return "this CPU's int8 products saturate, or its numbers begin with their last byte"
+        return None
+
+    def __call__(self) -> None:
+        least, most = torch.aminmax(self.x)
+        largest = max(-least.item(), most.item(), 1e-30)
+        torch.add(self._ROUND, self.x, alpha=self._RANGE / largest, out=self.shifted)
+        self.digits.copy_(self.bytes)
+        for digits, sums in self.pairs:
+            _native.int8_product(digits, self.weight, out=sums)
+        self.wide.copy_(self.sums)
+        torch.add(self.wide[1], self.wide[0], alpha=256, out=self.y)
+        self.y.mul_(self.scale).mul_(largest / self._RANGE)
