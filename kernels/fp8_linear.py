@@ -25,19 +25,35 @@ def scale_and_inverse(matrix, by_row, given):
     if matrix.numel() == 0:
         amax = torch.zeros((rows, 1), dtype=torch.float32, device=matrix.device)
     else:
-        dim = 1 if by_row else None  # a norm takes one pass and no copy, and NaN stays NaN
-        amax = torch.linalg.vector_norm(
-            matrix, float("inf"), dim, dtype=torch.promote_types(matrix.dtype, torch.float32)
-        )
+        amax = _largest(matrix, 1 if by_row else None)
     amax = amax.to(torch.float32).view(rows, 1).clamp(min=TINY)
     amax = amax + (amax - amax)  # infinity becomes NaN
     return amax / LARGEST, amax.reciprocal() * LARGEST
 
 
+def _largest(matrix, dim):
+    """The largest magnitude of each row (dim 1) or of all (None); NaN stays NaN."""
+    if matrix.device.type == "cpu":  # a twentieth of the time of its norm
+        return matrix.abs().amax(dim) if dim is not None else matrix.abs().amax()
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    return torch.linalg.vector_norm(matrix, float("inf"), dim, dtype=wide)  # one pass and no copy
+
+
+def decoded(codes, dtype):
+    """Codes as numbers in fp32 or fp64."""
+    if codes.device.type == "cpu":
+        bits = codes.view(torch.int8).to(torch.int16)
+        if not (bits & 127).eq(127).any():
+            # The code's bits moved to where fp16 has exponent and mantissa are its value / 2^8: a sixth of the time of torch's
+            # conversion on a CPU.
+            return bits.bitwise_left_shift_(7).bitwise_and_(~(1 << 14)).view(torch.float16).to(dtype).mul_(256)
+    return codes.to(dtype)
+
+
 def quantize(matrix, by_row, given=None):
     """A matrix [N, D] -> codes [N, D] and their scales [N, 1] or [1, 1]."""
     scale, inverse = scale_and_inverse(matrix, by_row, given)
-    return (matrix.to(torch.float32) * inverse).clamp(-LARGEST, LARGEST).to(CODES), scale
+    return (matrix.to(torch.float32) * inverse).clamp_(-LARGEST, LARGEST).to(CODES), scale
 
 
 def weight_scales(weight, weight_scale):
@@ -61,7 +77,7 @@ def wide_weight(weight, weight_scale, dtype):
     """The weight in dtype; codes are multiplied by their scales in fp32 and rounded once."""
     if weight.dtype != CODES:
         return weight.to(dtype)
-    return (weight.to(torch.float32) * weight_scales(weight, weight_scale)).to(dtype)
+    return (decoded(weight, torch.float32) * weight_scales(weight, weight_scale)).to(dtype)
 
 
 def backward(dy, x, weight, bias, weight_scale, need):
@@ -84,5 +100,5 @@ def backward(dy, x, weight, bias, weight_scale, need):
 def wide_product(codes, scale, weight_codes, weight_scale, bias, dtype):
     """By a product in fp32 (fp64 for dtype fp64): codes are exact in it."""
     wide = torch.promote_types(dtype, torch.float32)
-    y = torch.mm(codes.to(wide), weight_codes.to(wide).t()).mul_(scale).mul_(weight_scale.t())
+    y = torch.mm(decoded(codes, wide), decoded(weight_codes, wide).t()).mul_(scale).mul_(weight_scale.t())
     return (y if bias is None else y.add_(bias)).to(dtype)

@@ -127,6 +127,15 @@ def test_codes_are_torchs_bit_for_bit(backend, device):
             assert torch.equal(codes[:, :300].view(torch.uint8), want.view(torch.uint8))
 
 
+def test_decoding_is_exact():
+    codes = torch.arange(256, dtype=torch.uint8).view(CODES)
+    for chosen in (codes, codes[~codes.float().isnan()], codes.view(16, 16).t()):  # with NaN, without, and strided
+        for dtype in (torch.float32, torch.float64):
+            got = steps.decoded(chosen, dtype)
+            assert got.dtype == dtype
+            torch.testing.assert_close(got, chosen.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 def test_the_largest_of_each_row_is_448():
     codes, scale = ops.fp8_quantize(torch.randn(6, 30))
     assert (codes.float().abs().amax(1) == 448).all() and scale.shape == (6,)
