@@ -14,6 +14,9 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#ifdef FASTLM_HOST  // where tests call the launchers themselves
+#pragma GCC visibility push(default)
+#endif
 
 typedef enum { FASTLM_FLOAT32 = 0, FASTLM_BFLOAT16 = 1, FASTLM_FLOAT16 = 2 } fastlm_dtype;
 
@@ -45,6 +48,9 @@ typedef struct {
 
 int fastlm_rms_norm_fwd(const fastlm_rms_norm* args, void* stream);
 
+#ifdef FASTLM_HOST
+#pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif
