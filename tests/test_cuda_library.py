@@ -1,0 +1,324 @@
+"""libfastlm_cuda.so: built here, loaded by a clean process, shipped in the wheel; and what is said where it cannot be used."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlm import ops
+from fastlm.ops import _cuda
+from fastlm.ops._op import missing_backends
+from tests.wheels import ROOT, build_wheel, copy_checkout, install, run
+
+OBJECTS = ROOT / "build" / "cuda"  # compiled once: kept between runs under a hash of what they are made from
+
+
+def _build_library():
+    spec = importlib.util.spec_from_file_location("build_library", ROOT / "csrc" / "build_library.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build_library = _build_library()
+try:
+    build_library.check()
+    WHY_NOT = ""
+except build_library.CannotBuild as error:
+    WHY_NOT = str(error)
+needs_nvcc = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(scope="module")
+def objects():
+    """What the library is linked from."""
+    return build_library.build(OBJECTS / "test" / build_library.NAME, OBJECTS)
+
+
+@pytest.fixture(scope="module")
+def library(objects):
+    return OBJECTS / "test" / build_library.NAME
+
+
+def _tool(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+@needs_nvcc
+def test_it_needs_no_gpu_library_and_only_torch_s_stable_abi(library):
+    needed = set(re.findall(r"NEEDED.*\[(.*)\]", _tool("readelf", "-d", library)))
+    assert "libtorch_cpu.so" in needed
+    assert needed <= {"libtorch_cpu.so"} | {n for n in needed if re.match(r"lib(stdc\+\+|gcc_s|c|m)\.so|ld-linux", n)}
+    undefined = {line.split()[-1] for line in _tool("nm", "-D", "--undefined-only", library).splitlines()}
+    of_torch = {name for name in undefined if re.search(r"torch|_ZNK?2at|_ZNK?3c10", name)}
+    assert of_torch and all(re.match(r"(aoti_)?torch_\w+$", name) for name in of_torch), of_torch
+    # torch brings a CUDA runtime of its own: neither may see the other's functions.
+    defined = {line.split()[-1] for line in _tool("nm", "-D", "--defined-only", library).splitlines()}
+    assert "fastlm_library_version" in defined and not [
+        n for n in defined if re.match("cuda|cu[A-Z]|__cuda|fastlm_rms", n)
+    ]
+    assert str(ROOT).encode() not in library.read_bytes(), "it names the folder in which it was built"
+
+
+def spills(log: str) -> list[str]:
+    """(kernel, GPU, bytes) of ptxas's reports that tell of spills or stack, as text; raises if it is no such report."""
+    found = re.findall(
+        r"Compiling entry function '(\S+)' for '(\S+)'\n(?:.*\n)*?\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads", log)  # fmt: skip
+    gpus = {gpu for _, gpu, *_ in found}
+    assert gpus == {"sm_80", "sm_90a", "sm_100"} and len(found) == log.count("Compiling entry function"), gpus
+    return [f"{name} {gpu}: stack {a}, spills {b} {c}" for name, gpu, a, b, c in found if a + b + c != "000"]
+
+
+@needs_nvcc
+def test_no_kernel_spills(objects):
+    kernels = [path for path in objects if not path.name.startswith("bindings-")]
+    assert len(kernels) == len(list((ROOT / "csrc").glob("*.cu")))
+    for path in kernels:
+        assert spills(path.with_suffix(".log").read_text()) == []
+
+
+def test_a_spill_is_seen():
+    log = "".join(
+        f"ptxas info    : Compiling entry function 'f' for '{gpu}'\nptxas info    : Function properties for f\n"
+        f"    0 bytes stack frame, {n} bytes spill stores, 0 bytes spill loads\nptxas info    : Used 255 registers\n"
+        for gpu, n in (("sm_80", 0), ("sm_90a", 8), ("sm_100", 0))
+    )
+    assert spills(log) == ["f sm_90a: stack 0, spills 8 0"]
+
+
+@needs_nvcc
+def test_what_has_not_changed_is_not_compiled_again(objects, tmp_path):
+    times = [path.stat().st_mtime_ns for path in objects]
+    assert build_library.build(tmp_path / "again.so", OBJECTS) == objects
+    assert [path.stat().st_mtime_ns for path in objects] == times
+
+
+def test_the_version_is_one_number():
+    header = (ROOT / "csrc" / "fastlm.h").read_text(encoding="utf-8")
+    assert int(re.search(r"#define FASTLM_LIBRARY_VERSION (\d+)", header).group(1)) == _cuda.VERSION
+    assert build_library.NAME == _cuda.NAME
+
+
+# --- loading it ---------------------------------------------------------------------------------------------------
+
+ALONE = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+op = torch.ops.fastlm_cuda.rms_norm_fwd
+for x in (torch.ones(2, 3), torch.ones(2, 3, device="meta")):
+    try:
+        op(x, None, None, None, None, 1e-6, 0.0, False, 0.0)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+@needs_nvcc
+def test_torch_alone_loads_it_and_other_tensors_are_refused(library, tmp_path):
+    clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ALONE, str(library)]
+    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rms_norm: x must be a CUDA tensor") == 2, done.stdout
+
+
+INSTALLED = """
+import sys
+from pathlib import Path
+# An editable install of the checkout answers for whatever is missing here.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+import torch
+from fastlm import doctor, ops
+from fastlm.ops import _cuda
+from fastlm.ops._op import REGISTRY, missing_backends
+assert Path(_cuda.__file__).resolve().is_relative_to(Path(sys.argv[1]).resolve()), _cuda.__file__
+x = torch.ones(4, 8)
+ops.rms_norm(x)
+try:
+    ops.rms_norm(x, backend="cuda")
+except ValueError as error:
+    assert "it needs CUDA tensors, got cpu" in str(error), error
+assert not _cuda._asked and "libfastlm_cuda" not in Path("/proc/self/maps").read_text(), "loaded before it was needed"
+assert _cuda.unavailable() is None, _cuda.unavailable()
+assert "libfastlm_cuda" in Path("/proc/self/maps").read_text()
+if not torch.cuda.is_available():
+    assert missing_backends()["cuda"] == "no CUDA GPU"
+assert "version" in doctor.report()["library"]
+
+# The library's functions take what the ops hand them, and give what the fakes say.
+for op in REGISTRY.values():
+    for entry, name in zip((op.forward, op.backward), op.kernels.get("cuda", ())):
+        if name is not None:
+            ours, theirs = entry._schema, _cuda.function(name)._schema
+            assert [(a.name, str(a.type)) for a in ours.arguments][:-1] == [(a.name, str(a.type)) for a in theirs.arguments]
+            assert [str(r.type) for r in ours.returns] == [str(r.type) for r in theirs.returns], op.name
+
+meta = torch.ones(4, 8, device="meta", dtype=torch.bfloat16)
+def call(x, residual):
+    return ops.rms_norm(x, residual=residual, backend="cuda")
+eager, compiled = call(meta, meta.float()), torch.compile(call, fullgraph=True, backend="eager")(meta, meta.float())
+for y, residual_out in (eager, compiled):
+    assert y.shape == residual_out.shape == (4, 8) and y.dtype == torch.bfloat16 and residual_out.dtype == torch.float32
+print("all well")
+"""
+
+
+@needs_nvcc
+def test_the_wheel_brings_it(objects, tmp_path):
+    pytest.importorskip("wheel")
+    (tmp_path / "checkout").mkdir()
+    checkout = copy_checkout(tmp_path / "checkout")
+    shutil.copytree(OBJECTS, checkout / "build" / "cuda", ignore=shutil.ignore_patterns("test"))
+    no_host = {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}  # fastlm._host: tests/test_packaging.py builds it
+    wheel = build_wheel(checkout, tmp_path / "wheel", FASTLM_CUDA="1", **no_host)
+    with zipfile.ZipFile(wheel) as archive:
+        assert "fastlm/libfastlm_cuda.so" in archive.namelist() and "-cp310-abi3-" in wheel.name
+    install(wheel, tmp_path / "target", tmp_path)
+    target = str(tmp_path / "target")
+    out = run([sys.executable, "-c", INSTALLED, target], tmp_path, PYTHONPATH=target, TRITON_INTERPRET="1")
+    assert out.splitlines()[-1] == "all well"
+    # What the build before this one left behind is not in a wheel that was not asked for it.
+    assert list(checkout.glob("build/lib*/fastlm/libfastlm_cuda.so"))
+    plain = build_wheel(checkout, tmp_path / "plain", **no_host)
+    with zipfile.ZipFile(plain) as archive:
+        assert "fastlm/libfastlm_cuda.so" not in archive.namelist()
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({}, "is not built; set FASTLM_CUDA=1"),
+        (
+            {"FASTLM_CUDA": "1", "CUDA_HOME": "/nowhere"},
+            "although FASTLM_CUDA=1 is set: nvcc was not found in CUDA_HOME",
+        ),
+    ],
+)
+def test_a_build_without_it_says_so(environment, words):
+    assert words in run([sys.executable, "setup.py", "--name"], ROOT, PYTHONDONTWRITEBYTECODE="1", **environment)
+
+
+# --- a library that cannot be used --------------------------------------------------------------------------------
+
+BAD = {
+    "symbols": ("int absent(); int here() { return absent(); }", "cannot be loaded with torch"),
+    "stranger": ("int here() { return 0; }", "is not a library of fastlm"),
+    "old": (
+        f"int fastlm_library_version() {{ return {_cuda.VERSION - 1}; }}",
+        f"has version {_cuda.VERSION - 1}, this",
+    ),
+}
+
+
+@pytest.fixture
+def asked_again(monkeypatch):
+    """(path) -> makes it the library's place, before anybody has asked for it."""
+
+    def place(path):
+        monkeypatch.setattr(_cuda, "_asked", {})
+        monkeypatch.setattr(_cuda, "PATH", Path(path))
+
+    return place
+
+
+def assert_reason(words):
+    """The reason is the same everywhere, and no other backend minds."""
+    x = torch.ones(4, 8, device="meta")
+    with pytest.raises(ValueError, match=f"rms_norm: backend 'cuda' cannot serve this call: .*{words}.*reinstall"):
+        ops.rms_norm(x, backend="cuda")
+    assert words in missing_backends()["cuda"] and words in _cuda.unavailable()
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.fastlm.rms_norm(torch.ones(4, 8), None, None, None, None, 1e-6, 0.0, False, 0.0, "cuda")
+    assert ops.rms_norm(torch.ones(4, 8)).shape == (4, 8)
+
+
+def test_a_missing_library_is_a_reason(asked_again, tmp_path):
+    asked_again(tmp_path / _cuda.NAME)
+    assert_reason("installed without libfastlm_cuda.so")
+
+
+@pytest.mark.parametrize("content", [b"", b"no library at all" * 100])
+def test_a_file_of_something_else_is_a_reason(content, asked_again, tmp_path):
+    path = tmp_path / _cuda.NAME
+    path.write_bytes(content)
+    asked_again(path)
+    assert_reason("is damaged")
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", BAD)
+def test_a_library_that_does_not_fit_is_a_reason(kind, asked_again, tmp_path):
+    code, words = BAD[kind]
+    path = tmp_path / _cuda.NAME
+    command = ["g++", "-x", "c++", "-shared", "-fPIC", "-", "-o", str(path)]
+    subprocess.run(command, input=f'extern "C" {{ {code} }}', text=True, check=True)
+    if kind == "old":
+        cut = tmp_path / "cut" / _cuda.NAME  # half of a file, as a full disk leaves it: to load it is a bus error
+        cut.parent.mkdir()
+        cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        asked_again(cut)
+        assert_reason("is damaged")
+    asked_again(path)
+    assert_reason(words)
+
+
+def test_what_the_kernel_does_not_take_is_a_reason(asked_again, monkeypatch):
+    monkeypatch.setattr(_cuda, "_asked", {"reason": None})
+    x = torch.ones(4, 8, device="meta", dtype=torch.bfloat16)
+    for options, words in (
+        ({"x": x.double()}, "its kernels take float32, bfloat16, float16, got float64"),
+        ({"x": x, "residual": x.half()}, "weight, bias and residual must have x's dtype"),
+        ({"x": x, "weight": x[0], "bias": x[0].float()}, "weight and bias must have one dtype"),
+        ({"x": x.clone().requires_grad_()}, "it has no backward yet"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ops.rms_norm(**options, backend="cuda")
+    found = ops.explain(ops.rms_norm, x, backend="cuda")
+    assert found.backend == "cuda"
+
+
+def test_auto_does_not_take_what_was_not_measured(monkeypatch):
+    """Nor does it load the library to find out."""
+    from fastlm.ops import _op
+
+    monkeypatch.setattr(_cuda, "_asked", {})
+    monkeypatch.setattr(_op, "_on_cuda", lambda *_: True)
+    found = ops.explain(ops.rms_norm, torch.ones(4, 8, device="meta"))
+    assert found.backend != "cuda" and "not measured" in found.reasons["cuda"]
+    assert _cuda._asked == {}
+
+
+@pytest.mark.gpu
+@needs_nvcc
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu(library, tmp_path):
+    """The numbers, on a second stream: here the host body stands in (tests/csrc)."""
+    code = """
+import os, sys, torch
+from pathlib import Path
+from fastlm import ops
+from fastlm.ops import _cuda
+_cuda.PATH = Path(sys.argv[1])
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for shape in ((7, 40), (3, 37), (5, 4096), (2, 40000)):
+        x, residual = torch.randn(shape, device="cuda").to(dtype), torch.randn(shape, device="cuda").to(dtype)
+        weight = torch.randn(shape[1:], device="cuda").to(dtype)
+        for options in ({}, {"residual": residual}, {"dropout_p": 0.3, "seed": 11}, {"casting": "llama", "weight_offset": 1.0}):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                found = ops.rms_norm(x, weight, backend="cuda", **options)
+            torch.cuda.synchronize()
+            torch.testing.assert_close(found, ops.rms_norm(x, weight, backend="reference", **options))
+"""
+    run([sys.executable, "-c", code, library], ROOT, PYTHONPATH=os.fspath(ROOT))
