@@ -1,4 +1,4 @@
-"""`python -m benchmarks.models.bench_optimizers`: optimizer steps of fastlm.optim beside torch's fused ones, on the weights of a GPT.
+"""`python -m benchmarks.models.bench_optimizers`: optimizer steps of fastlm.optim beside torch's fused ones, on a GPT's weights.
 
 What a user calls is timed: `step()` of the object, with clipping where the row says so (torch: clip_grad_norm_ before). Steps are
 taken in turns within one process; the ratio is the median time of torch's row of the same group over ours. The bytes of an

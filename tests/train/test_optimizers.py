@@ -1,0 +1,88 @@
+"""The settings that choose and shape the optimizer of a training run."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastlm import optim
+from fastlm.errors import UserError
+from fastlm.optim import wsd
+from fastlm.train import TrainConfig, read_metrics, setup, train
+from tests.train.tiny import TinyLoader, losses, make_model, settings
+
+CHOICES = {
+    "adamw": ({}, optim.AdamW),
+    "adamw 8": ({"state_bits": 8}, optim.AdamW),
+    "lion": ({"optimizer": "lion", "lr": 1e-3}, optim.Lion),
+    "sgd": ({"optimizer": "sgd", "lr": 0.1}, optim.SGD),
+    "muon": ({"optimizer": "muon"}, optim.Muon),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_optimizer_learns_and_resumes(name, tmp_path):
+    changes, cls = CHOICES[name]
+    config = settings(tmp_path / "whole", steps=12, checkpoint_every=6, evaluate_every=0, **changes)
+    model = make_model(width=64)  # wide enough for 8-bit codes
+    assert type(setup.make_optimizer(model, config)) is cls
+    train(model, config, TinyLoader())
+    found = list(losses(tmp_path / "whole")[0].values())
+    assert sum(found[-3:]) < sum(found[:3])
+
+    part = settings(tmp_path / "parts", steps=6, checkpoint_every=6, evaluate_every=0, **changes)
+    # The same schedule as the whole run's: the end of the first part is a kill.
+    model = make_model(width=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "learning_rate", lambda _, *at, own=setup.learning_rate: own(config, *at))
+        train(model, part, TinyLoader())
+    resumed = make_model(width=64)
+    train(resumed, settings(tmp_path / "parts", steps=12, evaluate_every=0, resume=True, **changes), TinyLoader())
+    assert losses(tmp_path / "parts")[0] == losses(tmp_path / "whole")[0]
+
+
+def test_what_is_evaluated_and_saved_are_the_averages(tmp_path):
+    model = make_model()
+    config = settings(tmp_path, steps=6, evaluate_every=3, average_decay=0.5)
+    train(model, config, TinyLoader(), TinyLoader(seed=3))
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert not torch.equal(saved["up.weight"], model.up.weight)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last["kind"] == "evaluation"
+    averaged = make_model()
+    averaged.load_state_dict(saved, strict=False)
+    averaged.eval()
+    loader, total, live = TinyLoader(seed=3), 0.0, 0
+    for _ in range(config.evaluate_batches):
+        batch = next(loader)
+        total += averaged.loss(batch.tokens, batch.labels, reduction="sum").item()
+        live += int((batch.labels != -100).sum())
+    assert last["validation_loss"] == pytest.approx(total / live, rel=1e-6)
+
+
+def test_wsd_takes_its_share_from_the_settings(tmp_path):
+    train(make_model(), settings(tmp_path, steps=10, schedule="wsd", decay=0.4, evaluate_every=0), TinyLoader())
+    rates = [r["lr"] for r in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rates == pytest.approx([0.01 * wsd(step, 10, 2, 0.1, decay=0.4) for step in range(10)])
+    assert rates[5] == 0.01 > rates[8]
+
+
+def test_16_bit_weights_keep_their_remainders(tmp_path):
+    model = make_model().bfloat16()
+    config = settings(tmp_path, steps=2, evaluate_every=0, optimizer_precision="remainder")
+    train(model, config, TinyLoader())
+    state = load_file(next((tmp_path / "checkpoints").glob("step-*")) / "optimizer.safetensors")
+    assert state["up.weight.remainder"].dtype == torch.int16 and state["up.weight.exp_avg"].dtype == torch.float32
+
+
+def test_errors():
+    for message, changes in {
+        "decay must be a share": {"decay": 3.0},
+        "momentum must be in": {"momentum": 1.0},
+        "average_decay must be in": {"average_decay": 1.0},
+        "state_bits must be 32 or 8": {"state_bits": 4},
+    }.items():
+        with pytest.raises(UserError, match=message):
+            TrainConfig(**changes)
+    with pytest.raises(UserError, match="state_bits is not for muon"):
+        setup.make_optimizer(make_model(), TrainConfig(optimizer="muon", state_bits=8))
+    assert TrainConfig(optimizer="lion").betas == (0.9, 0.99) and TrainConfig().betas == (0.9, 0.95)
