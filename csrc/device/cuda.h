@@ -96,6 +96,8 @@ DEVICE void store_vector(T* p, const Vector<T, N>& v, Where = {}) {
   memcpy(&word, &v, sizeof(word));
   if constexpr (CACHE == Cache::streaming) {
     __stcs(reinterpret_cast<W*>(p), word);
+  } else if constexpr (sizeof(W) == 16) {  // in assembly: the compiler takes 16-bit floats apart again and stores 4 bytes at a time
+    asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w) : "memory");
   } else {
     *reinterpret_cast<W*>(p) = word;
   }
