@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.models.transformer import MLP, Attention, Block, Transformer
 from fastlm.nn import KVCache, LayerNorm, QuantizedLinear, RMSNorm
-from fastlm.ops.quantized_cpu import FineRowProduct, RowProduct
+from fastlm.ops.quantized_cpu import FineRowProduct, Int4RowProduct, RowProduct
 
 # Rows are decoded one after the other, so that a row's numbers do not depend on the batch. Beyond this many, one product
 # for all rows is faster.
@@ -56,8 +56,9 @@ class CpuDecoder:
     A product of one row is a batched product here, the weight [N, K] seen as [P, N / P, K]: MKL then reads it at 22-28 GB/s on
     one core and 33-60 on two, F.linear at 10 GB/s on either (384 x 384 to 2048 x 2048, EPYC 9004). fp32 and fp64 weights are
     used where they lie. Of bf16 and fp16 weights an fp32 copy is made, which takes twice their memory while the decoder
-    lives; arithmetic and new keys and values are fp32 then. int8 codes (nn.QuantizedLinear, one scale a row) are read as they
-    are, with bf16 activations; of other codes an fp32 copy is made. The logits do not depend on the number of threads.
+    lives; arithmetic and new keys and values are fp32 then. Of nn.QuantizedLinear, int8 codes with one scale a row are read as
+    they are and int4 codes from a copy that the layer keeps, with bf16 activations; of other codes an fp32 copy is made. The
+    logits do not depend on the number of threads.
 
     The weights must not change while the decoder lives; it is made anew for each generation.
     """
@@ -140,11 +141,15 @@ class CpuDecoder:
         self.head()
 
 
-def _product(layer: nn.Module, x: Tensor, y: Tensor) -> _Product | RowProduct:
-    """The product with a layer's weight. int8 codes are read as they are where that is faster than an fp32 copy of it."""
+def _product(layer: nn.Module, x: Tensor, y: Tensor) -> _Product | RowProduct | Int4RowProduct:
+    """The product with a layer's weight. Codes are read as they are where that is faster than an fp32 copy of it."""
     bias = getattr(layer, "bias", None)
-    small = not isinstance(layer, QuantizedLinear) or layer.codes.numel() < _SMALL
-    if small or RowProduct.reason_against(layer.codes, layer.scale, layer.zero, layer.bits, x):
+    if not isinstance(layer, QuantizedLinear) or layer.codes.numel() * 8 // layer.bits < _SMALL:
+        return _Product(layer.weight, bias, x, y)
+    packed = layer.packed_int4() if x.dtype == torch.float32 else None
+    if packed is not None:
+        return Int4RowProduct(packed, bias, x, y)
+    if RowProduct.reason_against(layer.codes, layer.scale, layer.zero, layer.bits, x):
         return _Product(layer.weight, bias, x, y)
     return RowProduct(layer.codes, layer.scale, bias, x, y)
 

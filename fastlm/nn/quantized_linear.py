@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.nn.replace import Report
+from fastlm.ops._op import _state, _transforming
 from fastlm.ops.quantize import QuantizedWeight, dequantize_weight, quantize_weight
+from fastlm.ops.quantized_cpu import BF16_ROWS, PackedInt4
 
 
 class QuantizedLinear(nn.Module):
@@ -110,8 +112,49 @@ class QuantizedLinear(nn.Module):
             made.bias = nn.Parameter(self.bias.detach().clone())
         return made
 
+    def packed_int4(self) -> PackedInt4 | None:
+        """The codes in the order of torch's int4 product for CPUs, made once and again when they change: a second copy of them.
+
+        None for other weights than int4 ones on a CPU, and for shapes that the product does not take.
+        """
+        tensors = [t for t in (self.codes, self.scale, self.zero) if t is not None]
+        if self.bits != 4 or any(t.is_inference() or type(t) is not Tensor for t in tensors):
+            return None
+        key = [(t.data_ptr(), t._version) for t in tensors]
+        if self.__dict__.get("_packed", (None,))[0] != key:
+            found = PackedInt4.of(self.codes, self.scale, self.zero, self.group_size, self.in_features)
+            self.__dict__["_packed"] = (key, found)
+        return self.__dict__["_packed"][1]
+
+    def _few_rows(self, x: Tensor) -> Tensor | None:
+        """forward by torch's int4 product, which `auto` cannot take: it wants the codes packed in its own way."""
+        if x.dtype != torch.bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
+            return None
+        if _state.backend != "auto" or _transforming((x,)):
+            return None
+        rows = x.reshape(-1, x.shape[-1])
+        if (
+            x.device.type != "cpu"
+            or type(x) is not Tensor
+            or len(rows) > BF16_ROWS
+            or rows.shape[1] != self.in_features
+        ):
+            return None
+        packed = self.packed_int4()
+        if packed is None:
+            return None
+        y = packed.product(rows).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_packed"}
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features] in x's dtype (in autocast's under autocast)."""
+        if self.bits == 4:
+            y = self._few_rows(x)
+            if y is not None:
+                return y
         return ops.quantized_linear(
             x, self.codes, self.scale, self.zero, self.bias, bits=self.bits, group_size=self.group_size
         )

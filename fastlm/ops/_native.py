@@ -36,6 +36,16 @@ def int8_weight_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return torch._weight_int8pack_mm(x, codes, scale)
 
 
+def pack_int4_for_cpu(codes: Tensor) -> Tensor:
+    """Codes 0..15, int32 [N, K], N a multiple of 16, in the order of the CPU's int4 product."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+
+def int4_weight_product(x: Tensor, packed: Tensor, group_size: int, scales_and_offsets: Tensor) -> Tensor:
+    """x [M, K] times W transposed, W = scale * (code - 8) + offset; bf16 [K / group_size, N, 2] holds both. CPU."""
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales_and_offsets)
+
+
 @cache
 def int8_products_are_exact() -> bool:
     """Whether the CPU's int8 products are oneDNN's and hold the largest sums: without VNNI instructions they may saturate."""

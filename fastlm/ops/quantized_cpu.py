@@ -1,4 +1,4 @@
-"""int8 weights on the CPU by torch's int8 products, which read a fourth of what fp32 ones read.
+"""int8 and int4 weights on the CPU by torch's products of integers, which read a fourth of what fp32 ones read, or less.
 
 fp32 activations are not rounded to 8 bits for it. A row is written as three digits to the base 254, each an int8 number from
 -127 to 127: x = (largest / 127) * (d0 + d1 / 254 + d2 / 254^2), off by at most 2^-24 of the row's largest value. A product of
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlm.ops import _native
+from fastlm.ops.quantize import unpack_int4
 
 BASE = 254
 _STEPS = torch.tensor([0.0, 127, 127 * BASE, 127 * BASE**2]).view(4, 1, 1)
@@ -24,7 +26,7 @@ _PLACES = torch.tensor([[1 / 127, 1 / 127 / BASE, 1 / 127 / BASE**2]])
 _MOST_COLUMNS = 2**31 // (127 * 128)  # of which int32 holds the sum
 _SMALLEST = 2.0**-126  # of a row's largest value
 # torch's product of bf16 and int8 (fp32 sums) reads the codes once, but is no match for tiled products beyond these rows.
-_BF16_ROWS = 16
+BF16_ROWS = 16
 _BF16_COLUMNS = 32  # in other widths it reads beyond its tensors: wrong results, or a crash (torch 2.13)
 # One row takes a path of its own in torch's int8 product, which does not copy the weight first. For a few rows of a weight of so
 # many elements, row by row is faster than at once.
@@ -42,7 +44,7 @@ def few_rows_product(
         return None
     rows = x.reshape(-1, x.shape[-1])
     if x.dtype == torch.bfloat16:
-        fits = rows.shape[0] <= _BF16_ROWS and x.shape[-1] % _BF16_COLUMNS == 0
+        fits = rows.shape[0] <= BF16_ROWS and x.shape[-1] % _BF16_COLUMNS == 0
         y = _bf16(rows, codes, scale, bias) if fits else None
     else:
         y = _digits(rows, codes, scale, bias)
@@ -80,6 +82,49 @@ def _sums(digits, codes):
     for row, to in zip(digits.split(1), out.split(1)):
         _native.int8_product(row, weight, out=to)
     return out
+
+
+class PackedInt4(NamedTuple):
+    """int4 codes, scales and zeros in the order of torch's int4 product for CPUs; scales are rounded to bf16."""
+
+    packed: Tensor
+    scales_and_offsets: Tensor
+    group_size: int
+
+    @classmethod
+    def of(cls, codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, columns: int) -> PackedInt4 | None:
+        """None where torch's product does not take the shape: N must be a multiple of 16, K one of group_size."""
+        if not codes.shape[0] or codes.shape[0] % 16 or columns % group_size or codes.device.type != "cpu":
+            return None
+        scale = scale.float().t()
+        offset = torch.zeros_like(scale) if zero is None else (8 - zero.float().t()) * scale
+        both = torch.stack((scale, offset), -1).to(torch.bfloat16).contiguous()
+        return cls(_native.pack_int4_for_cpu(unpack_int4(codes, group_size).int()), both, group_size)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [M, K] bf16 -> [M, N] bf16, sums in fp32."""
+        return _native.int4_weight_product(x.contiguous(), self.packed, self.group_size, self.scales_and_offsets)
+
+
+class Int4RowProduct:
+    """RowProduct for int4 codes; their scales are rounded to bf16."""
+
+    def __init__(self, weight: PackedInt4, bias: Tensor | None, x: Tensor, y: Tensor) -> None:
+        self.x, self.y, self.weight = x, y, weight
+        self.bias = None if bias is None else bias.detach().float()
+        self.narrow = torch.zeros((1, len(x)), dtype=torch.bfloat16)
+
+    def __call__(self) -> None:
+        self.narrow.copy_(self.x)
+        self.y.copy_(self.weight.product(self.narrow)[0])
+        if self.bias is not None:
+            self.y.add_(self.bias)
+
+    def add(self) -> None:
+        self.narrow.copy_(self.x)
+        self.y.add_(self.weight.product(self.narrow)[0])
+        if self.bias is not None:
+            self.y.add_(self.bias)
 
 
 class RowProduct:

@@ -10,7 +10,7 @@ from fastlm.generate import CpuDecoder, cpu, generate
 from fastlm.generate.cpu import reason_against
 from fastlm.models import Transformer, TransformerConfig
 from fastlm.ops import _native
-from fastlm.ops.quantized_cpu import FineRowProduct, RowProduct
+from fastlm.ops.quantized_cpu import FineRowProduct, Int4RowProduct, RowProduct
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and not torch.backends.mkl.is_available(), reason="CPU decode"
@@ -82,13 +82,30 @@ def test_logits_are_those_of_the_dequantised_model(config):
     assert rounding <= 2 * (bf16 - want).abs().max() / scale  # as a model of bf16 weights and fp32 arithmetic has
 
 
-@pytest.mark.parametrize("format", [(8, 32), (4, 32), (4, 64)], ids=str)
-def test_other_formats_are_read_as_fp32_copies(format):
-    model = make_model()
+@pytest.mark.parametrize(
+    "format, changes", [((8, 32), {}), ((4, 64), {"d_model": 80, "d_ff": 104, "head_dim": 20})], ids=str
+)
+def test_other_formats_are_read_as_fp32_copies(format, changes):
+    model = make_model(**changes)
     nn.quantize_(model, *format)
     ours, decoder = logits_of(model)
     assert type(decoder.layers[0][1]) is cpu._Product
     torch.testing.assert_close(ours, logits_of(dequantised(model))[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_is_packed_once(symmetric, monkeypatch):
+    model = make_model(attention_bias=True)
+    before, _ = logits_of(model)
+    nn.quantize_(model, 4, 32, symmetric=symmetric)
+    ours, decoder = logits_of(model)
+    assert {type(p) for layer in decoder.layers for p in layer if not isinstance(p, cpu._Norm)} == {Int4RowProduct}
+    plain = dequantised(model)
+    want, bf16 = logits_of(plain)[0], logits_of(copy.deepcopy(plain).bfloat16())[0]
+    assert 0 < (ours - want).abs().max() <= 2 * (bf16 - want).abs().max()
+    assert (ours - want).abs().max() < 0.2 * (want - before).abs().max()
+    monkeypatch.setattr(_native, "pack_int4_for_cpu", lambda codes: pytest.fail("packed again"))
+    assert torch.equal(logits_of(model)[0], ours)
 
 
 def test_zero_points_and_odd_widths_are_too():

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from fastlm import nn, ops
 from fastlm.models import Transformer, TransformerConfig
+from fastlm.ops import _native
 from fastlm.ops.quantize import dequantize_weight
+from fastlm.testing import assert_accurate
 
 FORMATS = [(8, None), (8, 64), (4, 32), (4, 128)]
 
@@ -114,6 +116,46 @@ def test_an_adapter_over_it_trains(bits, group):
         optimizer.step()
     assert losses[-1] < 0.6 * losses[0]
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", [(), (1,), (2, 8), (17,), (0,)], ids=str)
+def test_int4_on_the_cpu_in_bf16(rows, symmetric, monkeypatch):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(96, 48)
+    layer = nn.QuantizedLinear.from_linear(linear, 4, 32, symmetric=symmetric).bfloat16()
+    called, real = [], _native.int4_weight_product
+    monkeypatch.setattr(_native, "int4_weight_product", lambda *a: called.append(1) or real(*a))
+    x = torch.randn(*rows, 96).bfloat16()
+    with torch.no_grad():
+        got = layer(x)
+    assert got.requires_grad is False and bool(called) == (rows in ((), (1,), (2, 8)))
+    weight = dequantize_weight(
+        layer.codes, layer.scale, layer.zero, bits=4, group_size=32, columns=96, dtype=torch.float64
+    )
+    exact = torch.nn.functional.linear(x.double(), weight, layer.bias.double())
+    assert_accurate(got, exact, torch.nn.functional.linear(x, weight.bfloat16(), layer.bias))
+    called.clear()
+    layer(x.requires_grad_())
+    with torch.no_grad(), ops.use_backend("reference"):
+        layer(x)
+    assert not called
+
+
+def test_int4_is_packed_once_and_again_when_it_changes(monkeypatch):
+    layer = nn.QuantizedLinear.from_linear(torch.nn.Linear(64, 32), 4, 32).bfloat16()
+    packs, real = [], _native.pack_int4_for_cpu
+    monkeypatch.setattr(_native, "pack_int4_for_cpu", lambda codes: packs.append(1) or real(codes))
+    x = torch.randn(3, 64).bfloat16()
+    with torch.no_grad():
+        first = layer(x)
+        assert torch.equal(layer(x), first) and len(packs) == 1
+        layer.scale.mul_(2)
+        assert not torch.equal(layer(x), first) and len(packs) == 2
+        other = pickle.loads(pickle.dumps(layer))
+        assert "_packed" not in vars(other) and torch.equal(other(x), layer(x))
+        layer.load_state_dict({k: torch.zeros_like(v) for k, v in layer.state_dict().items()})
+        assert not layer(x).any()
 
 
 def tiny(**changes):
