@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest
 JOBS ?= 2
 
-.PHONY: demo test test-all lint format bench aot clean
+.PHONY: demo test test-all lint format bench aot wheel clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/fastlm demo
@@ -33,6 +33,13 @@ bench: $(VENV)/.test
 
 aot: $(VENV)/.test
 	$(PY) -m benchmarks.aot
+
+# One wheel for every Python and every torch from 2.11 on; with the CUDA kernels where nvcc is (no GPU is needed).
+wheel: $(VENV)/.installed
+	rm -f dist/fastlm-*.whl
+	FASTLM_CUDA=1 $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@$(PY) -m zipfile -l dist/fastlm-*.whl | grep libfastlm_cuda.so \
+	  || echo "The wheel has no CUDA kernels: nvcc was not found (CUDA_HOME, PATH)."
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
