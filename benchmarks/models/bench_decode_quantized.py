@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 import fastlm
 from benchmarks.clock import quartiles, time_calls
-from benchmarks.report import Lines, machine
+from benchmarks.lines import Lines
+from benchmarks.machine import machine
 from fastlm import nn
 from fastlm.data import open_split
 from fastlm.generate import CpuDecoder

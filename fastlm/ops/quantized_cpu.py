@@ -152,9 +152,10 @@ class RowProduct:
         return None
 
     def __call__(self) -> None:
-        self.y.copy_(self._sums()).mul_(self.scale)
-        if self.bias is not None:
-            self.y.add_(self.bias)
+        if self.bias is None:
+            self.y.copy_(self._sums()).mul_(self.scale)
+        else:
+            torch.addcmul(self.bias, self.change.copy_(self._sums()), self.scale, out=self.y)
 
     def add(self) -> None:
         self.y.addcmul_(self.change.copy_(self._sums()), self.scale)
