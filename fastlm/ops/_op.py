@@ -303,6 +303,8 @@ def at_once(backend: str, first: Any) -> bool:
 
 def _on_cuda(first: Any, tensors: Sequence[Any]) -> bool:
     """Whether the first tensor among the arguments, most often their first, is on a GPU."""
+    if not tensors:  # an optimizer may have nothing to do
+        return False
     if type(first) is not Tensor:
         first = _first_tensor(tensors)
     return first.is_cuda

@@ -423,3 +423,10 @@ def test_host_overhead(data, capsys):
     with capsys.disabled():
         print(f"\nhost overhead of a tiny forward: F.rms_norm {plain:.1f} us, ops.rms_norm {ours:.1f} us")
     assert ours - plain < 1000
+
+
+def test_an_optimizer_may_have_nothing_to_do():
+    ops.adamw_([], [], [], [], lr=1.0, step=1)
+    ops.sgd_([], [], None, lr=1.0, step=1)
+    empty = [torch.empty(0, 3) for _ in range(4)]  # a process that holds no rows of a parameter under FSDP2
+    ops.adamw_(*([t] for t in empty), lr=1.0, step=1)
