@@ -24,6 +24,7 @@ _OPTIMAL = (
 POLAR_EXPRESS = (*((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _OPTIMAL), (1.875, -1.25, 0.375))
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRID = 65535  # the second dimension of a CUDA grid
+_PAIRS = 384  # rows from which on steps are made in pairs
 _LARGE = 1 << 17  # elements from which on a CPU calls for one matrix at a time take no longer than those for a batch
 
 
@@ -52,20 +53,53 @@ def _torch(matrices, coefficients, eps, dtype):
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=compute_dtype(x))
     x = (x / norm.clamp(min=eps)).to(dtype).contiguous()
     triples = _triples(coefficients)
-    if x.device.type == "cpu" and x[0].numel() >= _LARGE or x.shape[0] == 1:
-        x = torch.stack([_one(matrix, triples) for matrix in x])
+    if (x.device.type == "cpu" and x[0].numel() >= _LARGE) or x.shape[0] == 1:
+        x = torch.stack([_iterated(matrix, triples) for matrix in x])
     else:
-        for a, b, c in triples:
-            gram = torch.bmm(x, x.mT)
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = _iterated(x, triples)
     x = x.mT if matrices.shape[-2] > matrices.shape[-1] else x
     return x.reshape(matrices.shape).to(matrices.dtype).contiguous()
 
 
-def _one(x, triples):
+def _iterated(x, triples):
+    """The steps on a matrix or a batch of them, no taller than wide."""
+    if x.device.type == "cpu" and x.ndim == 2 and x.dtype.itemsize == 2 and _pairs_hold(x, triples):
+        return _in_pairs(x, *triples[0], len(triples))
+    add = torch.addmm if x.ndim == 2 else torch.baddbmm
     for a, b, c in triples:
         gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = add(x, add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _pairs_hold(x, triples):
+    """Whether two steps at a time were measured to be faster and to keep the accuracy rule."""
+    own = all(tuple(triple) == QUINTIC for triple in triples)
+    return own and x.shape[-2] >= _PAIRS and x.shape[-1] >= 2 * x.shape[-2]
+
+
+def _in_pairs(x, a, b, c, steps):
+    """The steps, two at a time behind the first, the second of two on the small A alone: with P = a I + b A + c A A the next A is
+    P A P, and X takes one product for both. For five steps 22 M^3 + 12 M^2 N operations in place of 10 M^3 + 20 M^2 N.
+
+    After Gram Newton-Schulz, dao-lab.ai/blog/2026/gram-newton-schulz. In bf16 it must go back to X: without, singular values
+    reached 38 where 1.2 is the most; once in five steps, the error was up to 2.5 times that of the plain steps; in pairs, up
+    to 1.5 times from 384 rows on (and up to 3 times below, or 2 times with POLAR_EXPRESS).
+    """
+    made = 0
+    while made < steps:
+        gram = x @ x.T
+        z = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        pair = made > 0 and made + 1 < steps
+        if pair:
+            half = torch.addmm(gram, z, gram, beta=a)
+            gram = torch.addmm(half, half, z, beta=a)
+            z2 = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            z.diagonal().add_(a)
+            x = torch.addmm(z, z2, z, beta=a) @ x
+        else:
+            x = torch.addmm(x, z, x, beta=a)
+        made += 1 + pair
     return x
 
 

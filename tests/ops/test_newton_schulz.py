@@ -232,6 +232,38 @@ def test_planted_bug_is_seen(old, new, device):
             assert_accurate(got, exact, _plain(x, (QUINTIC,) * 2))
 
 
+@pytest.mark.parametrize("condition", [None, 2.0, 4.0])
+def test_steps_in_pairs_keep_the_accuracy_rule(condition, monkeypatch):
+    """What the torch form does on a CPU with wide 16-bit matrices; ill-conditioned ones are where bf16 could fail."""
+    n = 384
+    x = torch.randn(n, 2 * n)
+    if condition is not None:
+        x = _with_values((n, 2 * n), torch.logspace(0, -condition, n, dtype=torch.float64)).float()
+    exact = ops.newton_schulz(x.double(), backend="reference")
+    asked = []
+    real = module._in_pairs
+    monkeypatch.setattr(module, "_in_pairs", lambda *args: asked.append(args[0].shape) or real(*args))
+    for given in (x, x.T):
+        got = ops.newton_schulz(given, dtype=torch.bfloat16, backend="torch").bfloat16()
+        want = exact if given is x else exact.T
+        assert_accurate(got, want, _plain(given, dtype=torch.bfloat16).bfloat16())
+    assert asked == [(n, 2 * n)] * 2
+    assert torch.linalg.svdvals(got.float()).max() < 1.25
+    for steps in (1, 2, 3, 4):  # a pair, a single step, or both at the end
+        got = ops.newton_schulz(x, dtype=torch.bfloat16, steps=steps, backend="torch").bfloat16()
+        plain = _plain(x, (QUINTIC,) * steps, torch.bfloat16).bfloat16()
+        assert_accurate(got, ops.newton_schulz(x, steps=steps, backend="reference"), plain)
+
+
+@pytest.mark.parametrize(
+    "shape, options", [((384, 760), {}), ((380, 768), {}), ((384, 768), {"coefficients": POLAR_EXPRESS})]
+)
+def test_where_pairs_were_not_shown_to_hold_steps_are_single(shape, options, monkeypatch):
+    monkeypatch.setattr(module, "_in_pairs", lambda *args: pytest.fail("steps were made in pairs"))
+    ops.newton_schulz(torch.randn(shape), dtype=torch.bfloat16, steps=1, backend="torch", **options)
+    ops.newton_schulz(torch.randn(384, 768), steps=1, backend="torch")
+
+
 def test_errors():
     x = torch.randn(3, 4)
     with pytest.raises(ValueError, match=r"newton_schulz: matrices must be \[..., M, N\], got \[4\]"):
