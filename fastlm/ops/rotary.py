@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._op import Op, _transforming, compute_dtype, host_values
+from fastlm.ops._op import Op, _transforming, compute_dtype, host_values, is_batched
 
 _FEW = 1 << 14  # elements of q below which the time is that of the calls, not of the memory
 
@@ -65,24 +65,28 @@ def _reference(q, k, cos, sin, interleaved, positions=None, offset=0, starts=Non
 
 
 def _rotated_fast(x, cos, sin, interleaved):
-    """`_rotated` in fewer passes over memory; not differentiable."""
+    """`_rotated` in fewer passes over memory; not differentiable, and no view of anything."""
     part = _turning_part(x, cos)
     if interleaved:
-        out = torch.view_as_real(_as_complex(part) * torch.complex(cos, sin)).reshape(part.shape)
+        out = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+        torch.mul(_as_complex(part), torch.complex(cos, sin), out=_as_complex(out))
     else:
         pairs = part.view(*part.shape[:-1], 2, cos.shape[-1])
-        turned = pairs * cos.unsqueeze(-2)
-        (a, b), (new_a, new_b) = pairs.unbind(-2), turned.unbind(-2)
+        out = pairs * cos.unsqueeze(-2)
+        (a, b), (new_a, new_b) = pairs.unbind(-2), out.unbind(-2)
         new_a.addcmul_(b, sin, value=-1)
         new_b.addcmul_(a, sin)
-        out = turned.reshape(part.shape)
+        out = out.resize_(part.shape) if out.is_contiguous() else out.reshape(part.shape).clone()
     return _with_rest(out.to(x.dtype), x)
 
 
-def _rotated_few(x, cos, sin):
-    """`_rotated` by halves in fewer calls, which is what counts for a few tokens; not differentiable."""
-    a, b = _turning_part(x, cos).chunk(2, -1)
-    out = torch.cat(((a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)), -1)
+def _rotated_few(x, cos, sin, interleaved):
+    """`_rotated` in fewer calls, and fewer steps for autograd, which is what counts for a few tokens."""
+    part, half = _turning_part(x, cos), cos.shape[-1]
+    if interleaved:
+        out = torch.view_as_real(_as_complex(part) * torch.complex(cos, sin)).reshape(part.shape)
+    else:
+        out = (part * torch.cat((cos, cos), -1)).addcmul_(part.roll(half, -1), torch.cat((-sin, sin), -1))
     return _with_rest(out.to(x.dtype), x)
 
 
@@ -111,20 +115,26 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
-        return *_Rotate.apply(dq, dk, cos, -sin, ctx.interleaved), None, None, None
+        if is_batched(dq) or is_batched(dk):  # of a batch of cotangents nothing can be written into what is not batched
+            dq, dk = (_rotated_few(t, cos, -sin, ctx.interleaved) for t in (dq, dk))
+        else:
+            dq, dk = _Rotate.apply(dq, dk, cos, -sin, ctx.interleaved)
+        return dq, dk, None, None, None
 
 
 def _torch(q, k, cos, sin, interleaved, positions=None, offset=0, starts=None, cu_seqlens=None):
     if torch.compiler.is_compiling():  # Inductor fuses the formula into one loop
         return _reference(q, k, cos, sin, interleaved, positions, offset, starts, cu_seqlens)
     cos, sin = _angles(q, cos, sin, positions, offset, starts, cu_seqlens)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return _Rotate.apply(q, k, cos, sin, interleaved)
+    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     if q.numel() > _FEW:
+        if differentiable:
+            return _Rotate.apply(q, k, cos, sin, interleaved)
         return _rotated_fast(q, cos, sin, interleaved), _rotated_fast(k, cos, sin, interleaved)
-    both = torch.cat((q, k), 2)
-    both = _rotated_fast(both, cos, sin, True) if interleaved else _rotated_few(both, cos, sin)
-    return both.split_with_sizes((q.shape[2], k.shape[2]), 2)
+    both = _rotated_few(torch.cat((q, k), 2), cos, sin, interleaved)
+    heads = q.shape[2], k.shape[2]
+    # Autograd lets nobody write into one view of several.
+    return torch.split_with_sizes_copy(both, heads, 2) if differentiable else both.split_with_sizes(heads, 2)
 
 
 def _supports(backend, q, k, cos, sin):

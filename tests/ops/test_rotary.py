@@ -388,3 +388,29 @@ def test_errors():
         ops.rotary(q, k, cos, sin, cu_seqlens=cu)
     with pytest.raises(ValueError, match="its kernels take float32, bfloat16, float16, got float64"):
         ops.rotary(q.double(), k.double(), cos, sin, backend="triton")
+
+
+@pytest.mark.parametrize("tokens", [1, 300], ids=["few", "many"])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_what_comes_back_with_gradients_may_be_written_into(tokens, interleaved):
+    q, k = (torch.randn(1, tokens, heads, 64).requires_grad_() for heads in (3, 1))
+    angles = torch.rand(tokens, 32)
+    a, b = ops.rotary(q, k, angles.cos(), angles.sin(), interleaved=interleaved, backend="torch")
+    loss = b.square().sum()  # keeps b as it is
+    loss = loss + a.mul_(2).sum()
+    dq, dk = torch.autograd.grad(loss, (q, k))
+    torch.testing.assert_close(dk, 2 * k)  # a rotation keeps lengths
+    torch.testing.assert_close(dq.norm(), torch.tensor(2 * (64 * 3 * tokens) ** 0.5))
+
+
+@pytest.mark.parametrize("tokens", [1, 300], ids=["few", "many"])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_torch_form_takes_a_batch_of_cotangents(tokens, interleaved):
+    q, k = (torch.randn(1, tokens, heads, 64).requires_grad_() for heads in (3, 1))
+    angles, up = torch.rand(tokens, 32), torch.randn(2, 1, tokens, 3, 64)
+    a, b = ops.rotary(q, k, angles.cos(), angles.sin(), interleaved=interleaved, backend="torch")
+    both = torch.autograd.grad((a, b), (q, k), (up, up[:, :, :, :1]), is_grads_batched=True, retain_graph=True)
+    for i, d in enumerate(up):
+        one = torch.autograd.grad((a, b), (q, k), (d, d[:, :, :1]), retain_graph=True)
+        for got, want in zip(both, one, strict=True):
+            torch.testing.assert_close(got[i], want)
