@@ -69,4 +69,4 @@ def test_every_mode_ends_within_the_spread_of_seeds():
     import ast
     import typing
 
-    _check([k for k in KINDS if k != "fp32"], seeds=range(4), steps=600, modules=(inspect, argparse, ast, typing))
+    _check([k for k in KINDS if k != "fp32"], seeds=(0, 1), steps=300, modules=(inspect, argparse, ast, typing))
