@@ -129,7 +129,7 @@ Four rms_norm_fwd(const Tensor& x, const std::optional<Tensor>& weight, const st
   if (args.parameter_dtype < 0) args.parameter_dtype = args.x_dtype;
   if (residual) {
     check_device(op, "residual", *residual, x);
-    STD_TORCH_CHECK(residual->sizes() == x.sizes(), op, ": residual must have x's shape");
+    STD_TORCH_CHECK(residual->sizes().equals(x.sizes()), op, ": residual must have x's shape");
   }
   if (seed) {
     check_device(op, "seed", *seed, x);
