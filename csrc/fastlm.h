@@ -48,6 +48,36 @@ typedef struct {
 
 int fastlm_rms_norm_fwd(const fastlm_rms_norm* args, void* stream);
 
+// y = softmax(scale * x) over rows; backward dx = scale * y * (dy - sum(dy * y)). See fastlm/ops/softmax.py; there is no mask yet.
+typedef struct {
+  const void* x;         // [rows, columns] at x_rows; backward: dy
+  const void* saved;     // forward: null; backward: y, at saved_rows
+  void* y;               // [rows, columns] at y_rows; backward: dx
+  int64_t rows, columns; // rows < 2^31
+  fastlm_rows x_rows, saved_rows, y_rows;
+  int32_t dtype;         // fastlm_dtype of all
+  float scale;
+} fastlm_softmax;
+
+int fastlm_softmax_fwd(const fastlm_softmax* args, void* stream);
+int fastlm_softmax_bwd(const fastlm_softmax* args, void* stream);
+
+// The norm of all tensors of a table; see fastlm/ops/global_norm.py. A tensor is cut into blocks of 2048 elements.
+typedef struct {
+  const int64_t* addresses;  // [tensors]
+  const int64_t* sizes;      // [tensors], elements
+  const int32_t* dtypes;     // [tensors], fastlm_dtype
+  const int32_t* owners;     // [count]: which tensor a block is of
+  const int32_t* blocks;     // [count]: which of its blocks it is
+  float* partial;            // [2 * programs], workspace
+  unsigned* counter;         // [1], workspace
+  float* norm;               // [1]
+  int64_t count;
+  int32_t programs;          // thread blocks, at most count: a few per multiprocessor
+} fastlm_global_norm;
+
+int fastlm_global_norm_fwd(const fastlm_global_norm* args, void* stream);
+
 #ifdef FASTLM_HOST
 #pragma GCC visibility pop
 #endif

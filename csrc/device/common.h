@@ -9,9 +9,11 @@
 #ifdef FASTLM_HOST
 #define KERNEL(...) void
 #define DEVICE inline
+#define EVERYWHERE inline
 #else
 #define KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define DEVICE __device__ __forceinline__
+#define EVERYWHERE __host__ __device__ __forceinline__
 #endif
 
 namespace device {
@@ -44,18 +46,18 @@ template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
 template <class T>
-DEVICE constexpr T minimum(T a, T b) {
+EVERYWHERE constexpr T minimum(T a, T b) {
   return b < a ? b : a;
 }
 
 // NaN if either is, unlike fmaxf: no comparison with NaN is true. Which zero is the larger is left open.
 template <class T>
-DEVICE constexpr T maximum(T a, T b) {
+EVERYWHERE constexpr T maximum(T a, T b) {
   return a > b || a != a ? a : b;
 }
 
 template <class T>
-DEVICE constexpr T ceil_div(T a, T b) {
+EVERYWHERE constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 

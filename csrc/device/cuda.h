@@ -210,6 +210,11 @@ DEVICE float fast_tanh(float x) {
   return y;
 }
 
+// Zeros into global memory, in the order of the stream. 0 or an error code.
+inline int fill_zero(void* p, size_t bytes, void* stream) {
+  return static_cast<int>(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)));
+}
+
 // Launches. More than 48 KB of shared memory must be asked for.
 template <class... Parameters, class... Arguments>
 int launch_with(cudaLaunchAttribute* attributes, int count, void (*kernel)(Parameters...), Dim grid, int threads,

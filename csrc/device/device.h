@@ -7,8 +7,9 @@
 // A kernel uses only the names below (namespace device) and plain C++; csrc/README.md shows one and says what is modelled.
 //
 //   KERNEL(threads) name(...)       a kernel, returns nothing; `threads` is the most a block has (__launch_bounds__)
-//   DEVICE                          before a function that kernels call
+//   DEVICE                          before a function that kernels call; EVERYWHERE if launchers call it too
 //   launch(kernel, Dim{x, y, z}, threads, shared_bytes, stream, args...) -> int      0 or an error code
+//   fill_zero(p, bytes, stream)     before a launch, from the CPU
 //   launch_cooperative(the same)    all blocks live at once: they may wait for each other
 //
 //   thread_id() block_threads() lane_id() warp_id() block_warps()      blocks are one-dimensional, threads a multiple of 32

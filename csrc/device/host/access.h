@@ -95,8 +95,8 @@ inline void check(const void* p, Region* region, size_t bytes, size_t alignment,
 
 enum class Space { global, shared };
 
-// What p[i] gives: read by conversion to exactly its type, written by assignment, at once. It converts to no other type, or
-// `c ? p[i] : 0` would be an int here and a float on CUDA.
+// What p[i] gives: read by conversion to exactly its type, written by assignment, at once. It converts to another type only
+// by static_cast, or `c ? p[i] : 0` would be an int here and a float on CUDA.
 template <class T>
 class Element {
   using Value = std::remove_const_t<T>;
@@ -108,6 +108,11 @@ class Element {
     requires std::same_as<U, Value>
   operator U() && {
     return get();
+  }
+  template <class U>
+    requires(std::is_arithmetic_v<U> && !std::same_as<U, Value>)
+  explicit operator U() && {
+    return static_cast<U>(get());
   }
   void operator=(Value v) && { set(v); }
   void operator=(Element&& other) && { set(other.get()); }

@@ -241,7 +241,7 @@ inline uint64_t meet(Kind kind, const char* what, uint32_t mask, uint64_t value,
   Meeting* meeting = nullptr;
   for (Meeting& m : open) {
     if (!(m.mask & mask)) continue;
-    if (m.mask != mask || m.kind != kind || std::string(m.what) != what || !same_place(m.at, at)) {
+    if (m.mask != mask || m.kind != kind || std::strcmp(m.what, what) || !same_place(m.at, at)) {
       fail_with(at, format("%s with mask 0x%08x, while lanes %s of the warp are in %s with mask 0x%08x at %s", what, mask,
                            lanes(m.arrived).c_str(), m.what, m.mask, place(m.at).c_str()));
     }

@@ -187,6 +187,23 @@ inline Shared<T> static_array(const char* name, size_t count, const void* key, c
 
 }  // namespace host
 
+// Zeros into global memory. A mistake is reported like one of a launch.
+inline int fill_zero(void* p, size_t bytes, void*) {
+  host::Region* region = host::buffer_at(p);
+  const bool inside = region && static_cast<uint8_t*>(p) + bytes <= region->begin + region->bytes;
+  if (!inside ? !host::machine.buffers.empty() : region->mode == host::Mode::input) {
+    host::machine.report = host::format("fill_zero of %zu bytes: not within one registered buffer that may be written", bytes);
+    host::machine.failed = true;
+    return host::kFailed;
+  }
+  std::memset(p, 0, bytes);
+  if (inside && !region->written.empty()) {
+    const auto first = region->written.begin() + (static_cast<uint8_t*>(p) - region->begin);
+    std::fill(first, first + bytes, true);
+  }
+  return 0;
+}
+
 // The host body takes no stream: it is done when it returns.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), Dim grid, int threads, int shared_bytes, void*, Arguments... arguments) {

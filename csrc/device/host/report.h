@@ -4,6 +4,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <source_location>
 #include <string>
 
@@ -29,7 +30,7 @@ inline std::string place(const Where& at) {
 }
 
 inline bool same_place(const Where& a, const Where& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::string(a.file_name()) == b.file_name();
+  return a.line() == b.line() && a.column() == b.column() && !std::strcmp(a.file_name(), b.file_name());
 }
 
 }  // namespace host

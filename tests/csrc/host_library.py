@@ -1,0 +1,161 @@
+"""Compiles a kernel file for the host body of csrc/device and runs its launchers on tensors, by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+BUILT = ROOT / "build" / "csrc_host"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # fastlm_dtype
+# -O1: these kernels run for milliseconds and compile for seconds. Fibers change stacks by longjmp, which _FORTIFY_SOURCE forbids.
+# no-gnu-unique: or libraries loaded side by side would share one machine.
+FLAGS = [
+    "-x", "c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-DFASTLM_HOST", "-U_FORTIFY_SOURCE", "-fvisibility=hidden",
+    "-fno-gnu-unique", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized",
+]  # fmt: skip
+# (name, order of threads and blocks, blocks live at once)
+ORDERS = (("forward", 0, 2), ("backward", 1, 1), ("random", 2, 3))
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+class HostError(Exception):
+    """A launcher's error code, with the report of the host body if it made one."""
+
+
+class In:
+    """A tensor that a kernel reads."""
+
+    mode = 0
+
+    def __init__(self, tensor: Tensor | None):
+        self.tensor = tensor
+
+
+class Both(In):
+    """One that holds values and that it reads and writes."""
+
+    mode = 1
+
+
+class Out(In):
+    """One that it writes; a read of what it has not written is an error."""
+
+    mode = 2
+
+
+def _span(t: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) * t.element_size() if t.numel() else 0
+
+
+class HostLibrary:
+    def __init__(self, path: Path):
+        self._dll = ctypes.CDLL(str(path))
+        self._dll.fastlm_host_report.restype = ctypes.c_char_p
+        self._dll.fastlm_host_unwritten.restype = ctypes.c_int64
+        self._dll.fastlm_host_unwritten.argtypes = [ctypes.c_void_p]
+        self._dll.fastlm_host_reset.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+        self._dll.fastlm_host_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_int]
+
+    def run(self, function: str, *values, order: str = "forward", buffers: dict | None = None) -> None:
+        """Calls `int function(values..., void* stream)`, every In, Out and Both registered as a buffer.
+
+        values: In, Out, Both or None for pointers, int for int64_t, float for float, a dict of such for a pointer to a struct of
+        these members in this order (tuples become nested structs of int64_t; ctypes values stay as they are).
+        buffers: others, by name, that a kernel reaches through pointers in memory.
+        Raises HostError with the report; also if bytes of a dense output were not written.
+        """
+        (_, number, resident) = next(o for o in ORDERS if o[0] == order)
+        self._dll.fastlm_host_reset(number, 1, resident)
+        for name, buffer in (buffers or {}).items():
+            self._pointer(name, buffer)
+        outputs = [v for v in _flat(values) if isinstance(v, Out) and v.tensor is not None and v.tensor.numel()]
+        arguments = [self._argument(f"argument {i}", v) for i, v in enumerate(values)]
+        code = getattr(self._dll, function)(*arguments, ctypes.c_void_p())
+        report = self._dll.fastlm_host_report().decode()
+        if code or report:
+            raise HostError(f"{function} returned {code}: {report or 'no report'}")
+        for out in outputs:
+            missing = self._dll.fastlm_host_unwritten(out.tensor.data_ptr())
+            if out.tensor.is_contiguous() and missing:
+                raise HostError(f"{function} left {missing} bytes of an output unwritten")
+
+    def _pointer(self, name: str, value: In):
+        if value.tensor is None:
+            return ctypes.c_void_p()
+        address = value.tensor.data_ptr()
+        self._dll.fastlm_host_buffer(address, _span(value.tensor), name.encode(), value.mode)
+        return ctypes.c_void_p(address)
+
+    def _argument(self, name: str, value):
+        if value is None:
+            return ctypes.c_void_p()
+        if isinstance(value, In):
+            return self._pointer(name, value)
+        if isinstance(value, dict):
+            members = {n: self._argument(n, v) for n, v in value.items()}
+            struct = type("Struct", (ctypes.Structure,), {"_fields_": [(n, type(m)) for n, m in members.items()]})
+            return ctypes.byref(struct(*members.values()))
+        if isinstance(value, tuple):
+            return (ctypes.c_int64 * len(value))(*value)
+        if isinstance(value, int):
+            return ctypes.c_int64(value)
+        return ctypes.c_float(value) if isinstance(value, float) else value
+
+
+def _flat(values) -> list:
+    return [v for value in values for v in (value.values() if isinstance(value, dict) else [value])]
+
+
+@functools.cache
+def _compiler() -> bytes:
+    return subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
+
+
+@functools.cache
+def library(source: str, *flags: str) -> HostLibrary:
+    """The library of one kernel file (a path from the repository's root), compiled unless that was done before: the file's
+    name holds a hash of the sources, the flags and the compiler."""
+    path = ROOT / source
+    key = hashlib.sha256(_compiler() + repr((FLAGS, flags)).encode())
+    for part in [path, *sorted(CSRC.rglob("*.h")), *sorted(path.parent.glob("*.h"))]:
+        key.update(part.read_bytes())
+    built = BUILT / f"{path.stem}-{key.hexdigest()[:16]}.so"
+    if not built.exists():
+        BUILT.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=BUILT)
+        os.close(handle)
+        command = ["g++", *FLAGS, *flags, f"-I{CSRC}", str(path), "-o", temporary]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
+        os.replace(temporary, built)  # at once: another process may build the same
+    return HostLibrary(built)
+
+
+def same_in_all_orders(run: Callable[[str], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What run(order) returns, after checking that it is the same, bit for bit, in every order of threads and blocks."""
+    first = None
+    for name, _, _ in ORDERS:
+        found = run(name)
+        if first is None:
+            first = found
+        for a, b in zip(first, found):
+            assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), (
+                f"order {name} gives other bits than {ORDERS[0][0]}"
+            )
+    return first
