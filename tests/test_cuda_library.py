@@ -99,6 +99,22 @@ def test_a_spill_is_seen():
 
 
 @needs_nvcc
+def test_rows_of_rms_norm_move_in_16_bytes(tmp_path):
+    ptx = tmp_path / "rms_norm.ptx"
+    _tool(build_library.find_nvcc(), "-std=c++20", "-O3", "-I", ROOT / "csrc", "-arch=sm_90a", "-ptx",
+          ROOT / "csrc" / "rms_norm.cu", "-o", ptx)  # fmt: skip
+    kernels = re.split(r"\.entry ", ptx.read_text())[1:]
+    vectors = [text for text in kernels if "Li1ELi0E" not in text.split("(")[0]]  # VEC > 1
+    assert len(kernels) == 27 and len(vectors) == 18
+    for text in vectors:
+        loads, stores = (re.findall(rf"\b{word}(?:\.global)?((?:\.v\d)?\.[a-z]\d+)", text) for word in ("ld", "st"))
+        assert set(loads) <= {".v4.f32", ".v4.u32", ".u64", ".u32"} and ".v4" in "".join(loads), (
+            loads
+        )  # seed and offset have 8 and 4
+        assert stores.count(".f32") == 1 and set(stores) <= {".v4.b32", ".f32"}, stores  # and rstd 4
+
+
+@needs_nvcc
 def test_what_has_not_changed_is_not_compiled_again(objects, tmp_path):
     times = [path.stat().st_mtime_ns for path in objects]
     assert build_library.build(tmp_path / "again.so", OBJECTS) == objects
