@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlm.kernels import lora_linear as steps
 from fastlm.kernels.matmul import cast, empty_grad
-from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
+from fastlm.ops._op import Op, at_once, autocast_dtype, compute_dtype, grad_of
 
 
 def _reference(x, weight, a, b, bias, scale):
@@ -170,8 +170,11 @@ def lora_linear(
     place), reference. `auto` takes triton only where it was measured to be faster. Paper: Hu et al. 2021, arXiv:2106.09685.
     """
     _check(x, weight, a, b, bias)
-    backend = OP.choose(backend, x, weight, a, b, bias)
+    now = at_once(backend, x)
+    backend = "torch" if now else OP.choose(backend, x, weight, a, b, bias)
     dtype = autocast_dtype(x)
+    if now and dtype is None and _direct(x, weight):
+        return _torch(x, weight, a, b, bias, float(scale))
     if dtype is not None and x.dtype != torch.float64:
         x = x.to(dtype)
     scale, tensors = float(scale), (x, weight, a, b, bias)

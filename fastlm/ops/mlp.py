@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlm.kernels import mlp as steps
 from fastlm.kernels.matmul import cast, empty_grad
-from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
+from fastlm.ops._op import Op, at_once, autocast_dtype, compute_dtype, grad_of
 from fastlm.ops.activation import FORMS, check_kind
 
 
@@ -201,13 +201,13 @@ def _direct(x, recompute):
     """Whether torch's own autograd does: on the CPU, unless x alone is to be saved."""
     if not x.is_cpu or (recompute and torch.is_grad_enabled()):
         return False
-    return type(x).__name__ != "DTensor"  # torch's products refuse one divided in unequal parts
+    return type(x) is Tensor or type(x).__name__ != "DTensor"  # torch's products refuse one divided in unequal parts
 
 
 def _run(op, tensors, kind, recompute, backend):
     """`tensors`: x, first, second, down and the three biases."""
     x, gated = tensors[0], op is GATED
-    backend = op.choose(backend, *tensors)
+    backend = "torch" if at_once(backend, x) else op.choose(backend, *tensors)
     if backend == "torch" and _direct(x, recompute):
         return _torch(*tensors, kind, gated)
     dtype = autocast_dtype(x)
