@@ -272,6 +272,12 @@ def test_errors():
         ops.newton_schulz(x.long())
     with pytest.raises(TypeError, match="newton_schulz: dtype must be a floating point dtype, got torch.int8"):
         ops.newton_schulz(x, dtype=torch.int8)
+
+    class DTensor(torch.Tensor):
+        """By name, which is how the op knows one without importing torch.distributed."""
+
+    with pytest.raises(TypeError, match=r"newton_schulz: matrices is a DTensor; .* pass matrices.full_tensor\(\)"):
+        ops.newton_schulz(x.as_subclass(DTensor))
     for steps in (0, 100, 2.0, True):
         with pytest.raises(ValueError, match="newton_schulz: steps must be a whole number from 1 to 99, got"):
             ops.newton_schulz(x, steps=steps)

@@ -1,4 +1,5 @@
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,18 @@ def test_our_own_state_resumes_bit_for_bit():
     fresh.load_state_dict(copy.deepcopy(two.state_dict()))
     run(cut, fresh, range(2, 4))
     assert all(torch.equal(p, q) for p, q in zip(whole, cut))
+
+
+def test_pickles():
+    params = make_params()
+    optimizer = Muon(params, ns_dtype=torch.float32, **OPTIONS)
+    run(params, optimizer, [0])
+    twin, own = pickle.loads(pickle.dumps((optimizer, params)))
+    assert twin.ns_dtype == torch.float32
+    for seed in (1, 2):
+        run(params, optimizer, [seed])
+        run(own, twin, [seed])
+    assert all(torch.equal(p, q) for p, q in zip(params, own))
 
 
 def test_same_shapes_are_one_call(monkeypatch):
