@@ -255,6 +255,24 @@ def test_torch_helpers(name):
         twin.step()
 
 
+def test_a_compiled_model_trains_as_a_plain_one():
+    weights = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        optimizer = optim.AdamW(model.parameters(), lr=0.1, max_norm=0.1, average_decay=0.5)
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        for step in range(3):
+            forward(torch.full((2, 6), 1.0 + step)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with optimizer.averages():
+            weights.append(forward(torch.ones(1, 6)).detach())
+        weights.append(model[0].weight.detach())
+    torch.testing.assert_close(weights[0], weights[2])
+    torch.testing.assert_close(weights[1], weights[3])
+
+
 def test_parameters_that_step_together_share_one_count():
     params, optimizer = make("adamw")
     run(params, optimizer, [0, 1])
