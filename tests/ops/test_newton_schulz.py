@@ -183,7 +183,7 @@ def test_no_gradient_and_what_transforms_see(backend, device):
         torch.testing.assert_close(ops.newton_schulz(x, backend=backend), want, rtol=1e-4, atol=1e-5)
 
 
-@each_backend
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_compiled(backend, device):
     torch._dynamo.reset()
     compiled = torch.compile(

@@ -200,6 +200,7 @@ def check_tensor_parallel(name, mesh) -> None:
     fn, args, places = {
         "mlp": (ops.mlp, (x, first, down), (whole, rows, columns)),
         "gated_mlp": (ops.gated_mlp, (x, first, second, down), (whole, rows, rows, columns)),
+        "fp8_linear": (ops.fp8_linear, (x, first), (whole, rows)),
         "lora_linear by rows": (ops.lora_linear, (x, first, low, up), (whole, rows, whole, rows)),
         "lora_linear by columns": (ops.lora_linear, (x, first, low, up), (Shard(2), columns, columns, whole)),
     }[name]
@@ -285,7 +286,7 @@ def checks(mesh) -> dict:
             found[f"{name} | {label}"] = lambda name=name, split=split: check_dtensors(name, split, mesh)
     for name in ("rms_norm", "linear_cross_entropy mean"):
         found[f"{name} | frozen"] = lambda name=name: check_frozen(name, mesh)
-    for name in ("mlp", "gated_mlp", "lora_linear by rows", "lora_linear by columns"):
+    for name in ("mlp", "gated_mlp", "fp8_linear", "lora_linear by rows", "lora_linear by columns"):
         found[f"{name} | tensor parallel"] = lambda name=name: check_tensor_parallel(name, mesh)
     for name in ("mlp with biases", "lora_linear"):
         found[f"{name} | frozen"] = lambda name=name: check_frozen(name, mesh)
