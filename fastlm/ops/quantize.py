@@ -128,11 +128,12 @@ def dequantize_weight(
 
 
 def _scaled(values, scale, zero, bits, wide):
+    """scale * (values - zero) in the memory of `values`, a fresh tensor."""
     if zero is not None:
-        values = values - zero.to(wide)
+        values.sub_(zero.to(wide))
     elif bits == 4:
-        values = values - _MIDDLE
-    return values * scale.to(wide)
+        values.sub_(_MIDDLE)
+    return values.mul_(scale.to(wide))
 
 
 def pack_int4(codes: Tensor, group_size: int) -> Tensor:

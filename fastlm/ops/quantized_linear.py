@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlm.ops._op import Op, autocast_dtype, compute_dtype
 from fastlm.ops.quantize import GROUPS, dequantize_weight
-from fastlm.ops.quantized_cpu import few_rows_product
+from fastlm.ops.quantized_cpu import by_codes, few_rows_product, gradient_by_codes
 
 # Up to this many rows a GPU reads the weight once and the product costs nothing beside it. Beyond, nothing was measured yet, and
 # `auto` takes torch's product with the weight in x's dtype.
@@ -30,14 +30,19 @@ def _reference(x, codes, scale, zero, bias, bits, group_size):
 
 def _torch(x, codes, scale, zero, bias, bits, group_size):
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        y = few_rows_product(x, codes, scale, zero, bias, bits, group_size)
-        if y is not None:
-            return y
+        for product in (few_rows_product, by_codes):
+            y = product(x, codes, scale.detach(), zero, bias, bits, group_size)
+            if y is not None:
+                return y
     weight = _weight(codes, scale, zero, bits, group_size, x.shape[-1], x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def _torch_backward(dy, codes, scale, zero, bits, group_size, columns):
+    if dy.device.type == "cpu":
+        dx = gradient_by_codes(dy, codes, scale.detach(), zero, bits, group_size)
+        if dx is not None:
+            return dx
     weight = _weight(codes, scale, zero, bits, group_size, columns, dy.dtype)
     return torch.matmul(dy, weight)
 
@@ -162,7 +167,8 @@ def quantized_linear(
 
     Returns:
         y [..., N] in x's dtype, sums in fp32. The gradient goes to x, as dy W, and to the bias; the weight is frozen, and so are
-        its scales and zeros: they are constants. Nothing of x is kept for the backward. Under autocast x is cast.
+        its scales and zeros: they are constants. Neither x nor the dequantised weight is kept for the backward, which reads the
+        codes again. Under autocast x is cast.
 
     Raises:
         ValueError: shapes that do not fit together or to bits and group_size, an unknown or unsupported backend.
