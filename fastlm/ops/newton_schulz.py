@@ -183,7 +183,8 @@ def newton_schulz(
         TypeError: matrices or dtype not floating point; a DTensor, of which no process has a whole matrix.
 
     Backends: triton (compute capability >= 8.0; three launches a step, the two symmetric products of which compute only the
-    tiles on and above the diagonal), torch (batched products; `auto` until ours was measured to be faster), reference.
+    tiles on and above the diagonal), torch (batched products; `auto` until ours was measured to be faster; on a CPU, large
+    matrices in 16 bits that are twice as wide as tall take steps in pairs: at four times, 22 % less work), reference.
     Paper: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
     if not isinstance(matrices, Tensor) or not matrices.is_floating_point():
