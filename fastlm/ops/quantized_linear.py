@@ -29,7 +29,7 @@ def _reference(x, codes, scale, zero, bias, bits, group_size):
 
 
 def _torch(x, codes, scale, zero, bias, bits, group_size):
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
         for product in (few_rows_product, by_codes):
             y = product(x, codes, scale.detach(), zero, bias, bits, group_size)
             if y is not None:
