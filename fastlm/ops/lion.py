@@ -18,18 +18,30 @@ def _formula(p, g, m, numbers, beta1, beta2, weight_decay):
 
 
 def _fused(params, grads, states, numbers, beta1, beta2, weight_decay):
-    """torch has no fused Lion; these passes over a piece in the cache are what is fast."""
+    """torch has no fused Lion; these passes over a piece in the cache are what is fast. bf16 is rounded once: torch's lerp
+    computes in fp32, and a rounded sign is that of the sum."""
+    lr = numbers.lr
     for p, g, m in zip(params, grads, states[0]):
         c = torch.lerp(m, g, 1 - beta1)
-        nan = c != c
-        c.sign_().masked_fill_(nan, torch.nan)
-        if weight_decay:
-            p.mul_(1 - numbers.lr * weight_decay)
-        p.sub_(c.mul_(numbers.lr))
+        nan = c != c if c.is_cuda or not c.sum().isfinite() else None  # the sum is NaN if any of c is
         m.lerp_(g, 1 - beta2)
+        if p.dtype == torch.bfloat16:
+            w, c = p.float(), c.float()
+        else:
+            w = p
+        c.sign_()
+        if nan is not None:
+            c.masked_fill_(nan, torch.nan)
+        if weight_decay:
+            w.mul_(1 - lr * weight_decay)
+        w.sub_(c * lr) if isinstance(lr, Tensor) else w.sub_(c, alpha=lr)
+        if w is not p:
+            p.copy_(w)
 
 
-OP = optimizer_op("lion_", ("exp_avgs",), "float beta1, float beta2, float weight_decay", _formula, _fused)
+OP = optimizer_op(
+    "lion_", ("exp_avgs",), "float beta1, float beta2, float weight_decay", _formula, _fused, True, 1 << 18
+)
 
 
 @torch.no_grad()

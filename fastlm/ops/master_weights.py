@@ -18,10 +18,14 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     """
     if master.dtype != torch.float32:
         raise TypeError(f"split_master: master must be float32, got {master.dtype}")
-    bits = master.view(torch.int32)
-    bits = torch.where(master == master, bits, _NAN)
-    high = (bits + 0x8000) >> 16  # wraps for negative zero's neighbours as the unsigned sum does
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+    # Reading a sum costs nothing on the CPU, and it is finite where no NaN has to be looked for.
+    if master.device.type != "cpu" or torch.compiler.is_compiling() or not master.sum().isfinite():
+        master = torch.where(master == master, master, torch.nan)
+    bits = master.contiguous().view(torch.int32)
+    # The remainder is the lower half itself, as a signed number: where it is negative the upper half was rounded up.
+    remainders = bits.to(torch.int16)
+    params = ((bits + 0x8000) >> 16).to(torch.int16)
+    return params.view(torch.bfloat16), remainders
 
 
 def join_master(params: Tensor, remainders: Tensor) -> Tensor:
@@ -30,30 +34,36 @@ def join_master(params: Tensor, remainders: Tensor) -> Tensor:
         raise TypeError(
             f"join_master: params must be bfloat16 and remainders int16, got {params.dtype} and {remainders.dtype}"
         )
-    bits = (params.view(torch.int16).to(torch.int32) << 16) + remainders.to(torch.int32)
-    return bits.view(torch.float32)
+    return params.view(torch.int16).to(torch.int32).mul_(65536).add_(remainders).view(torch.float32)
 
 
-def random_halves(seed: Tensor, start: int, count: int, stream: int, step: int | float | Tensor) -> Tensor:
-    """Random numbers in [0, 65536), int32 [count], number start, start + 1, ... of a tensor's own stream at one step.
+def random_halves(seed: Tensor, spans: list[tuple[int, int, int]], step: int | float | Tensor) -> list[Tensor]:
+    """For each span (stream, start, count): random numbers in [0, 65536), int32 [count], number start, start + 1, ... of a
+    stream at one step.
 
     Half words of Philox 4x32-10 (see random_bits) with counter (number // 8, stream, step, offset): none comes twice while
     stream, step and seed = int64 (seed, offset) are not all repeated. `start` is a multiple of 8, numbers are below 2^35.
     """
-    low = 0xFFFFFFFF
-    c0 = start // 8 + torch.arange((count + 7) // 8, dtype=torch.int64, device=seed.device)
-    c1 = torch.full_like(c0, stream & low)
-    c2 = torch.zeros_like(c0) + (step.to(torch.int64) if isinstance(step, Tensor) else int(step))
-    c3 = torch.zeros_like(c0) + (seed[1] & low)
+    low, device = 0xFFFFFFFF, seed.device
+    quads = [(count + 7) // 8 for _, _, count in spans]
+    c0 = torch.cat([torch.arange(start // 8, start // 8 + q, device=device) for (_, start, _), q in zip(spans, quads)])
+    c1 = torch.cat([torch.full((q,), stream & low, device=device) for (stream, _, _), q in zip(spans, quads)])
+    c2 = torch.full((), 0, device=device) + (step.to(torch.int64) if isinstance(step, Tensor) else int(step))
+    c3 = seed[1] & low
     k0, k1 = seed[0] & low, (seed[0] >> 32) & low
-    for _ in range(10):  # random_bits.philox without its temporaries: a third of the time
+    for _ in range(10):  # random_bits.philox without most of its temporaries: a third of the time
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0 = (b >> 32).bitwise_and_(low).bitwise_xor_(c1).bitwise_xor_(k0)
-        c2 = (a >> 32).bitwise_and_(low).bitwise_xor_(c3).bitwise_xor_(k1)
+        c0 = (b >> 32).bitwise_and_(low).bitwise_xor_(k0) ^ c1
+        c2 = (a >> 32).bitwise_and_(low).bitwise_xor_(k1) ^ c3
         c1, c3 = b.bitwise_and_(low), a.bitwise_and_(low)
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     words = torch.stack([c.to(torch.int32) for c in (c0, c1, c2, c3)], 1)
-    return words.view(torch.int16).view(-1)[:count].to(torch.int32).bitwise_and_(0xFFFF)
+    halves = words.view(torch.int16).view(-1).to(torch.int32).bitwise_and_(0xFFFF)
+    found, first = [], 0
+    for (_, _, count), q in zip(spans, quads):
+        found.append(halves[first : first + count])
+        first += 8 * q
+    return found
 
 
 def round_stochastic(x: Tensor, halves: Tensor) -> Tensor:

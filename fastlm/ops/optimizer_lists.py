@@ -41,8 +41,12 @@ class Lists(NamedTuple):
     def cut(self, cuts: list[tuple[int, int, int]]) -> Lists:
         """Flat views of these parts (tensor, start, stop) of all lists."""
 
+        def part(t, start, stop):
+            flat = t if t.ndim == 1 else t.view(-1)
+            return flat if stop - start == flat.shape[0] else flat[start:stop]
+
         def parts(tensors):
-            return [tensors[i].view(-1)[start:stop] for i, start, stop in cuts] if tensors else tensors
+            return [part(tensors[i], start, stop) for i, start, stop in cuts] if tensors else tensors
 
         def of_scales(tensors):
             return [tensors[i][start // BLOCK : -(-stop // BLOCK)] for i, start, stop in cuts] if tensors else tensors
@@ -61,7 +65,7 @@ def groups_of(op: str, lists: Lists, state_names: Sequence[str], seeded: bool) -
     check = _Check(op, state_names, lists.params[0].device, seeded)
     if _uniform(lists):
         check(0, lists.params[0], *(_pick(lists, 0)[1:]))
-        for i, p in enumerate(lists.params):
+        for i, p in enumerate(lists.params) if any(lists.scales) else ():
             check.scales(i, p, *(_pick(lists, i)[5:]))
         return [(lists, list(range(len(lists.params))))]
     groups: dict[tuple, list[tuple]] = {}

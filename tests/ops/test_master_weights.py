@@ -63,9 +63,10 @@ def test_rounding_keeps_what_needs_none():
 
 def test_numbers_are_philox_words():
     seed = torch.tensor([5 << 40 | 7, 9 << 33 | 2])
-    found = random_halves(seed, 16, 100, 2**31 + 3, 4)
+    other, found = random_halves(seed, [(5, 8, 13), (2**31 + 3, 16, 100)], 4)
     quad = torch.arange(2, 15)
     zero = torch.zeros_like(quad)
     words = torch.stack(philox(seed[0], quad, zero + 2**31 + 3, zero + 4, zero + seed[1]), 1)
     assert torch.equal(found, torch.stack([words & 0xFFFF, words >> 16], 2).view(-1)[:100].int())
-    assert torch.equal(found[8:], random_halves(seed, 24, 92, 2**31 + 3, torch.tensor(4.0)))
+    assert torch.equal(found[8:], random_halves(seed, [(2**31 + 3, 24, 92)], torch.tensor(4.0))[0])
+    assert torch.equal(other, random_halves(seed, [(5, 0, 21)], 4)[0][8:])
