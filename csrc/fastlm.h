@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 // What the library takes and returns. fastlm/ops/_cuda.py holds the same number and refuses a library with another one: count
-// both up when a schema in bindings.cpp changes, or the meaning of one.
+// both up when a function of bindings.cpp is added, or changes its schema or meaning.
 #define FASTLM_LIBRARY_VERSION 1
 
 #ifdef __cplusplus

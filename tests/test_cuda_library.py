@@ -181,7 +181,10 @@ for op in REGISTRY.values():
             assert [(a.name, str(a.type)) for a in ours.arguments][:-1] == [(a.name, str(a.type)) for a in theirs.arguments]
             assert [str(r.type) for r in ours.returns] == [str(r.type) for r in theirs.returns], op.name
 
-meta = torch.ones(4, 8, device="meta", dtype=torch.bfloat16)
+meta = torch.ones(4, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+ops.softmax(meta, backend="cuda").sum().backward()
+assert meta.grad.shape == meta.shape and meta.grad.dtype == meta.dtype
+meta = meta.detach()
 def call(x, residual):
     return ops.rms_norm(x, residual=residual, backend="cuda")
 eager, compiled = call(meta, meta.float()), torch.compile(call, fullgraph=True, backend="eager")(meta, meta.float())
@@ -290,7 +293,7 @@ def test_a_library_that_does_not_fit_is_a_reason(kind, asked_again, tmp_path):
     assert_reason(words)
 
 
-def test_what_the_kernel_does_not_take_is_a_reason(asked_again, monkeypatch):
+def test_what_the_kernels_do_not_take_is_a_reason(monkeypatch):
     monkeypatch.setattr(_cuda, "_asked", {"reason": None})
     x = torch.ones(4, 8, device="meta", dtype=torch.bfloat16)
     for options, words in (
@@ -301,8 +304,10 @@ def test_what_the_kernel_does_not_take_is_a_reason(asked_again, monkeypatch):
     ):
         with pytest.raises(ValueError, match=words):
             ops.rms_norm(**options, backend="cuda")
-    found = ops.explain(ops.rms_norm, x, backend="cuda")
-    assert found.backend == "cuda"
+    with pytest.raises(ValueError, match="softmax: backend 'cuda' cannot serve this call: it takes no mask"):
+        ops.softmax(x, mask=torch.ones(8, dtype=torch.bool, device="meta"), backend="cuda")
+    for op in (ops.rms_norm, ops.softmax):
+        assert ops.explain(op, x, backend="cuda").backend == "cuda"
 
 
 def test_auto_does_not_take_what_was_not_measured(monkeypatch):
@@ -311,8 +316,9 @@ def test_auto_does_not_take_what_was_not_measured(monkeypatch):
 
     monkeypatch.setattr(_cuda, "_asked", {})
     monkeypatch.setattr(_op, "_on_cuda", lambda *_: True)
-    found = ops.explain(ops.rms_norm, torch.ones(4, 8, device="meta"))
-    assert found.backend != "cuda" and "not measured" in found.reasons["cuda"]
+    for op in (ops.rms_norm, ops.softmax):
+        found = ops.explain(op, torch.ones(4, 8, device="meta"))
+        assert found.backend != "cuda" and "not measured" in found.reasons["cuda"]
     assert _cuda._asked == {}
 
 
@@ -334,7 +340,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for options in ({}, {"residual": residual}, {"dropout_p": 0.3, "seed": 11}, {"casting": "llama", "weight_offset": 1.0}):
             with torch.cuda.stream(torch.cuda.Stream()):
                 found = ops.rms_norm(x, weight, backend="cuda", **options)
+                y = ops.softmax(x, scale=0.5, backend="cuda")
+                (dx,) = torch.autograd.grad(ops.softmax(residual.requires_grad_(), backend="cuda"), residual, x)
             torch.cuda.synchronize()
+            residual.requires_grad_(False)
+            torch.testing.assert_close(y, torch.softmax(x.float() * 0.5, -1).to(dtype))
+            s = torch.softmax(residual.float(), -1).to(dtype).float()
+            torch.testing.assert_close(dx, (s * (x.float() - (x.float() * s).sum(-1, keepdim=True))).to(dtype))
             torch.testing.assert_close(found, ops.rms_norm(x, weight, backend="reference", **options))
 """
     run([sys.executable, "-c", code, library], ROOT, PYTHONPATH=os.fspath(ROOT))

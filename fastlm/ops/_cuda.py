@@ -39,6 +39,11 @@ def function(name: str) -> Callable:
     return getattr(torch.ops.fastlm_cuda, name).default
 
 
+def not_measured(backend: str, *_: object) -> str | None:
+    """The `slower` of an op whose kernel in the library was compared with nothing yet."""
+    return "it was not measured on a GPU yet; name it to use it" if backend == "cuda" else None
+
+
 def _load(path: Path) -> str | None:
     """Loads the library into this process; the reason if that is not possible."""
     if not path.exists():

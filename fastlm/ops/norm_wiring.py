@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastlm.ops._cuda import not_measured
 from fastlm.ops._op import Op, compute_dtype, grad_of
 from fastlm.ops.norm_reference import dropped, norm_reference, normalised
 from fastlm.ops.random_bits import seed_tensor
@@ -37,10 +38,6 @@ def _cuda_supports(x, weight, bias, residual):
     return None
 
 
-def _slower(backend, *_):
-    return "it was not measured on a GPU yet; name it to use it" if backend == "cuda" else None
-
-
 def norm_op(name, torch_form, centred: bool) -> Op:
     """The Op of one norm. centred: whether the mean is taken off. torch_form takes the arguments of norm_reference."""
     kernels: dict[str, tuple] = {"triton": (f"{name}:{name}_fwd", f"{name}:{name}_bwd")}
@@ -57,7 +54,7 @@ def norm_op(name, torch_form, centred: bool) -> Op:
         torch=torch_form,
         kernels=kernels,
         supports=_supports,
-        slower=_slower,
+        slower=not_measured,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
     )
     op.fake(partial(_fake_forward, centred), _fake_backward)

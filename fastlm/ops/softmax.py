@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastlm.ops._cuda import not_measured
 from fastlm.ops._native import softmax_gradient
 from fastlm.ops._op import Op, at_once, compute_dtype, is_batched
 
@@ -120,9 +121,11 @@ class _OnCPU(torch.autograd.Function):
 
 
 def _supports(backend, x, mask):
-    if backend == "triton":
-        if x.shape[-1] > _WIDEST:
+    if backend in ("triton", "cuda"):
+        if x.shape[-1] > _WIDEST and backend == "triton":
             return f"its rows are at most {_WIDEST} wide, got {x.shape[-1]}"
+        if mask is not None and backend == "cuda":
+            return "it takes no mask"
         if x.numel() >= (x.shape[-1] or 1) * 2**31:
             return f"its rows are numbered in 32 bits: fewer than 2^31 of them, got x {list(x.shape)}"
     return None
@@ -134,8 +137,9 @@ OP = Op(
     "(Tensor dy, Tensor y, float scale, str backend) -> Tensor",
     reference=_reference,
     torch=_torch,
-    kernels={"triton": ("softmax:softmax_fwd", "softmax:softmax_bwd")},
+    kernels={"triton": ("softmax:softmax_fwd", "softmax:softmax_bwd"), "cuda": ("softmax_fwd", "softmax_bwd")},
     supports=_supports,
+    slower=not_measured,
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
 )
 OP.fake(lambda x, mask, scale, backend: x.new_empty(x.shape), lambda dy, y, scale, backend: y.new_empty(y.shape))
@@ -220,7 +224,7 @@ def softmax(
         mask: broadcastable to x: boolean, True where an element takes part, or floating point, added to scale * x. It is
             read at its own size, never at x's (unless it has five dimensions or more that broadcast by turns). Gets no
             gradient.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cuda".
 
     Returns:
         y of x's shape and dtype, computed in fp32. A row of which the mask hides everything (False, or -inf) gives 0, and
@@ -230,9 +234,13 @@ def softmax(
         ValueError: dim outside x, a mask that does not broadcast to x or that requires a gradient, an unknown or unsupported
         backend. TypeError: x is not floating point, mask is neither boolean nor floating point.
 
-    Backends: triton on compute capability >= 8.0, fewer than 2^31 rows of at most 262144. Paper: Milakov and Gimelshein
-    2018, arXiv:1805.02867.
+    Backends: triton on compute capability >= 8.0, fewer than 2^31 rows of at most 262144; cuda likewise, rows of any width,
+    no mask, not chosen by "auto". Paper: Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
+    now = at_once(backend, x)
+    if now and mask is None and dim == -1 and x.dtype is torch.float32 and x.ndim:
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return torch.softmax(x if scale == 1 else x * scale, -1)  # what _torch comes to
     _check(x, dim, mask)
     dim = dim if dim < 0 else dim - x.ndim
     if dim != -1:
@@ -241,9 +249,7 @@ def softmax(
         elif mask is not None:  # it says the same for every element along dim
             mask = mask.expand(*[1] * (-dim - mask.ndim), *mask.shape).movedim(dim, -1)
         return softmax(x.movedim(dim, -1), scale=scale, mask=mask, backend=backend).movedim(-1, dim)
-    if at_once(backend, x):
-        if mask is None and x.dtype is torch.float32 and not (x.requires_grad and torch.is_grad_enabled()):
-            return torch.softmax(x if scale == 1 else x * scale, -1)  # what _torch comes to
+    if now:
         return _torch(x, mask, scale)
     backend = OP.choose(backend, x, mask)
     if backend in OP.plain_forms:
