@@ -238,9 +238,9 @@ def softmax(
     no mask, not chosen by "auto". Paper: Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
     now = at_once(backend, x)
-    if now and mask is None and dim == -1 and x.dtype is torch.float32 and x.ndim:
-        if not (x.requires_grad and torch.is_grad_enabled()):
-            return torch.softmax(x if scale == 1 else x * scale, -1)  # what _torch comes to
+    plain = now and mask is None and dim == -1 and x.dtype is torch.float32 and x.ndim
+    if plain and not (x.requires_grad and torch.is_grad_enabled()):
+        return torch.softmax(x if scale == 1 else x * scale, -1)  # what _torch comes to
     _check(x, dim, mask)
     dim = dim if dim < 0 else dim - x.ndim
     if dim != -1:
