@@ -28,6 +28,10 @@ from fastlm.testing import assert_accurate
 MODES = ("forward", "backward", "both")
 OURS = "fastlm:"  # how the names of our own providers begin
 _FOREIGN = 5
+_NEED_A_GPU = {
+    OURS + "triton": "missing: no CUDA GPU; times of Triton's interpreter mean nothing",
+    OURS + "cuda": "missing: no CUDA GPU",
+}
 
 
 @dataclass(frozen=True)
@@ -294,8 +298,8 @@ def measure(
         if left_out and p.name in left_out:
             reasons[p.name] = left_out[p.name]
             continue
-        if p.name == OURS + "triton" and device == "cpu":
-            reasons[p.name] = "missing: no CUDA GPU; times of Triton's interpreter mean nothing"
+        if device == "cpu" and p.name in _NEED_A_GPU:
+            reasons[p.name] = _NEED_A_GPU[p.name]
             continue
         try:
             fns[p.name] = p.build()
