@@ -130,7 +130,7 @@ template <class T>
 DEVICE T shuffle_xor(T v, int bits, uint32_t mask = kAllLanes, int width = 32, Where = {}) {
   return __shfl_xor_sync(mask, v, bits, width);
 }
-DEVICE uint32_t ballot(bool predicate, uint32_t mask = kAllLanes, Where = {}) { return __ballot_sync(mask, predicate); }
+DEVICE uint32_t warp_ballot(bool predicate, uint32_t mask = kAllLanes, Where = {}) { return __ballot_sync(mask, predicate); }
 DEVICE bool warp_any(bool predicate, uint32_t mask = kAllLanes, Where = {}) { return __any_sync(mask, predicate); }
 DEVICE bool warp_all(bool predicate, uint32_t mask = kAllLanes, Where = {}) { return __all_sync(mask, predicate); }
 

@@ -29,7 +29,7 @@
 //   warp_barrier(mask)              the lanes in mask (default: all 32); orders their accesses. Shuffles order nothing
 //   shuffle(v, lane) shuffle_up(v, n) shuffle_down(v, n) shuffle_xor(v, bits)       of 4- and 8-byte values;
 //                                   then (mask = kAllLanes, width = 32), as __shfl_sync
-//   ballot(predicate, mask) warp_any(predicate, mask) warp_all(predicate, mask)
+//   warp_ballot(predicate, mask) warp_any(predicate, mask) warp_all(predicate, mask)
 //   warp_sum<W>(v) warp_max<W>(v)   over groups of W lanes (32), the result in all of them;  warp_reduce<W>(v, f)
 //   block_sum(v) block_max(v)       over the block, the result in every thread; contains barriers
 //

@@ -101,8 +101,8 @@ inline T shuffle_xor(T v, int bits, uint32_t mask = kAllLanes, int width = 32, W
   const int from = lane_id() ^ bits;  // lanes of groups before this one can be read, those of later ones not
   return host::exchange("shuffle_xor", v, from >= host::segment(width) + width ? lane_id() : from, mask, at);
 }
-inline uint32_t ballot(bool predicate, uint32_t mask = kAllLanes, Where at = Where::current()) {
-  return static_cast<uint32_t>(host::meet(host::Kind::vote, "ballot", mask, predicate, lane_id(), at));
+inline uint32_t warp_ballot(bool predicate, uint32_t mask = kAllLanes, Where at = Where::current()) {
+  return static_cast<uint32_t>(host::meet(host::Kind::vote, "warp_ballot", mask, predicate, lane_id(), at));
 }
 inline bool warp_any(bool predicate, uint32_t mask = kAllLanes, Where at = Where::current()) {
   return host::meet(host::Kind::vote, "warp_any", mask, predicate, lane_id(), at) != 0;

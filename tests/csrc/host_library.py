@@ -23,8 +23,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # fastlm_dtype
 # -O1: these kernels run for milliseconds and compile for seconds. Fibers change stacks by longjmp, which _FORTIFY_SOURCE forbids.
 # no-gnu-unique: or libraries loaded side by side would share one machine.
 FLAGS = [
-    "-x", "c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-DFASTLM_HOST", "-U_FORTIFY_SOURCE", "-fvisibility=hidden",
-    "-fno-gnu-unique", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized",
+    "-x", "c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-DFASTLM_HOST", "-U_FORTIFY_SOURCE", "-fno-gnu-unique",
+    "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized",
 ]  # fmt: skip
 # (name, order of threads and blocks, blocks live at once)
 ORDERS = (("forward", 0, 2), ("backward", 1, 1), ("random", 2, 3))

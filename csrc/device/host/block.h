@@ -240,10 +240,10 @@ inline uint64_t meet(Kind kind, const char* what, uint32_t mask, uint64_t value,
   std::vector<Meeting>& open = block.meetings[warp];
   Meeting* meeting = nullptr;
   for (Meeting& m : open) {
-    if (!(m.mask & mask)) continue;
-    if (m.mask != mask || m.kind != kind || std::strcmp(m.what, what) || !same_place(m.at, at)) {
-      fail_with(at, format("%s with mask 0x%08x, while lanes %s of the warp are in %s with mask 0x%08x at %s", what, mask,
-                           lanes(m.arrived).c_str(), m.what, m.mask, place(m.at).c_str()));
+    if (m.mask != mask) continue;  // lanes of both may go on to the other one later; if they do not, nobody can go on
+    if (m.kind != kind || std::strcmp(m.what, what) || !same_place(m.at, at)) {
+      fail_with(at, format("%s for lanes %s, while lanes %s are in %s at %s for the same", what, lanes(mask).c_str(),
+                           lanes(m.arrived).c_str(), m.what, place(m.at).c_str()));
     }
     meeting = &m;
   }
