@@ -3,9 +3,13 @@
 // Only torch's stable ABI is used (torch/csrc/stable, at the level of 2.11), and no Python: one file serves every torch from 2.11
 // on and every Python. It is built beside a CPU build of torch too. fastlm/ops/_cuda.py loads it. Mistakes of users are reported
 // in Python, before a call comes here; what is checked here keeps a wrong call from touching memory, and raises RuntimeError.
+//
+// Compiled for the host (FASTLM_HOST, tests only) it is fastlm_host instead of fastlm_cuda: the same functions on CPU tensors.
 
+#ifndef FASTLM_HOST
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#endif
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -29,6 +33,22 @@ namespace stable = torch::stable;
 using stable::Tensor;
 using torch::headeronly::ScalarType;
 
+#ifdef FASTLM_HOST
+#define FASTLM_NAMESPACE fastlm_host
+constexpr const char* kWants = "a CPU tensor: this library is the host body of the kernels";
+bool is_ours(const Tensor& t) { return t.is_cpu(); }
+void* current_stream(const Tensor&) { return nullptr; }
+const char* error_text(int) { return "see fastlm_host_report"; }
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+#else
+#define FASTLM_NAMESPACE fastlm_cuda
+constexpr const char* kWants = "a CUDA tensor: libfastlm_cuda.so has kernels for GPUs only";
+using stable::accelerator::DeviceGuard;
+
+bool is_ours(const Tensor& t) { return t.is_cuda(); }
+
 // The stream torch works on. libtorch_cuda is looked up at run time: a CPU build of torch has none, and the library loads there.
 void* current_stream(const Tensor& t) {
   using Getter = AOTITorchError (*)(int32_t, void**);
@@ -42,6 +62,9 @@ void* current_stream(const Tensor& t) {
   return stream;
 }
 
+const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+#endif
+
 int32_t dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return FASTLM_FLOAT32;
@@ -53,13 +76,13 @@ int32_t dtype_of(const char* op, const char* name, const Tensor& t) {
 }
 
 void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  STD_TORCH_CHECK(t.is_cuda(), op, ": ", name, " must be a CUDA tensor: libfastlm_cuda.so has kernels for GPUs only");
+  STD_TORCH_CHECK(is_ours(t), op, ": ", name, " must be ", kWants);
   STD_TORCH_CHECK(t.get_device_index() == like.get_device_index(), op, ": ", name, " must be on device cuda:",
                   like.get_device_index(), ", got cuda:", t.get_device_index());
 }
 
 void check_launch(const char* op, int error) {
-  STD_TORCH_CHECK(error == 0, op, ": CUDA could not start the kernel: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+  STD_TORCH_CHECK(error == 0, op, ": the kernel was not started: ", error_text(error));
 }
 
 // A tensor [..., N] and where its rows lie; copied where they lie at more than two strides, or not along N.
@@ -120,7 +143,7 @@ Four rms_norm_fwd(const Tensor& x, const std::optional<Tensor>& weight, const st
   const char* op = "rms_norm";
   check_device(op, "x", x, x);
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
-  const stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   fastlm_rms_norm args{};
   args.x_dtype = dtype_of(op, "x", x);
   args.parameter_dtype = -1;
@@ -174,7 +197,7 @@ Tensor softmax_of(const Tensor& x, const Tensor* saved, double scale) {
   const char* op = "softmax";
   check_device(op, "x", x, x);
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
-  const stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   if (saved) {
     check_device(op, "y", *saved, x);
     STD_TORCH_CHECK(saved->sizes().equals(x.sizes()) && saved->scalar_type() == x.scalar_type(), op,
@@ -208,7 +231,7 @@ Tensor softmax_bwd(const Tensor& dy, const Tensor& y, double scale) { return sof
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(fastlm_cuda, m) {
+STABLE_TORCH_LIBRARY(FASTLM_NAMESPACE, m) {
   m.def(
       "rms_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, float eps, float weight_offset,"
       " bool llama, float dropout_p) -> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)");
@@ -217,7 +240,7 @@ STABLE_TORCH_LIBRARY(fastlm_cuda, m) {
 }
 
 // Not under CUDA alone: what is checked above then says what is wrong with other tensors.
-STABLE_TORCH_LIBRARY_IMPL(fastlm_cuda, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTLM_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd));
   m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd));
   m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd));
