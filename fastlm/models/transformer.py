@@ -172,6 +172,13 @@ class Transformer(nn.Module):
         """The output product's matrix [V, D]; the embedding itself where tied."""
         return self.embed.weight if self.config.tie_embeddings else self.head.weight
 
+    @property
+    def sections(self) -> dict[str, tuple[int, ...]]:
+        """Rows of the matrices that lie one behind the other in one weight, by a part of its name: optim.muon_groups' argument."""
+        c = self.config
+        found = {"qkv": (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim)}
+        return found | ({"gate_up": (c.d_ff, c.d_ff)} if c.gated else {})
+
     def make_cache(self, batch: int, max_length: int | None = None, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of up to max_length tokens (default max_positions), on the model's device."""
         config, weight = self.config, self.embed.weight

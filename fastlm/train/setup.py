@@ -81,7 +81,8 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
         decays = {"weight_decay": config.weight_decay, "adamw_weight_decay": config.weight_decay}
         # One learning rate and one weight decay for all, as if for AdamW.
         options |= {"momentum": config.momentum, "adjust_lr_fn": "match_rms_adamw"}
-        return optim.Muon(optim.muon_groups(model, **rates, **decays), **options)
+        sections = getattr(model, "sections", None)  # queries, keys and values are matrices of their own
+        return optim.Muon(optim.muon_groups(model, **rates, **decays, sections=sections), **options)
     options |= {"state_bits": config.state_bits}
     if name == "sgd":
         return optim.SGD(groups, config.lr, config.momentum, **options)

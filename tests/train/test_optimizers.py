@@ -4,8 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fastlm
 from fastlm import optim
 from fastlm.errors import UserError
+from fastlm.models import preset
 from fastlm.optim import wsd
 from fastlm.train import TrainConfig, read_metrics, setup, train
 from tests.train.tiny import TinyLoader, losses, make_model, settings
@@ -86,3 +88,12 @@ def test_errors():
     with pytest.raises(UserError, match="state_bits is not for muon"):
         setup.make_optimizer(make_model(), TrainConfig(optimizer="muon", state_bits=8))
     assert TrainConfig(optimizer="lion").betas == (0.9, 0.99) and TrainConfig().betas == (0.9, 0.95)
+
+
+def test_muon_takes_queries_keys_and_values_apart():
+    model = fastlm.Transformer(preset("llama-4x192"))
+    optimizer = setup.make_optimizer(model, TrainConfig(optimizer="muon"))
+    sections = [group["sections"] for group in optimizer.param_groups if group["use_muon"]]
+    assert sections == [None, (192, 64, 64), (512, 512)]
+    rows = {name: p.shape[0] for name, p in model.blocks[0].named_parameters() if "qkv" in name or "gate_up" in name}
+    assert list(rows.values()) == [sum(parts) for parts in sections[1:]]
