@@ -104,4 +104,7 @@ def show() -> None:
     console.print(table)
     for backend, reason in reasons.items():
         console.print(f"[yellow]{backend}[/]: {reason}", highlight=False)
-    console.print("[dim]- : not written for this op. On CPU tensors `auto` takes torch or the reference.[/]")
+    console.print(
+        "[dim]- : not written for this op. On CPU tensors `auto` takes torch or the reference; anywhere it passes over what "
+        "was not measured to be faster (ops.explain says so).[/]"
+    )
