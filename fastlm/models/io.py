@@ -77,11 +77,17 @@ def save(
         max_shard_bytes: weights above this size are split into several files with an index.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: the disk is full or the folder cannot be written; weights are not there, such as those of quantised layers.
     """
     folder = Path(folder)
     hf, rules = _hf_config(model)
     state = dict(model.named_parameters())
+    missing = sorted({rule.ours for rule in rules} - state.keys())
+    if missing:
+        raise UserError(
+            f"save: the model has no {missing[0]} (and {len(missing) - 1} more); put quantised or otherwise replaced layers "
+            "back first (report.undo()), or save its state_dict() with safetensors"
+        )
     tensors = {}
     for rule in rules:
         tensors |= zip(rule.theirs, rule.to_theirs(state[rule.ours].detach().cpu()))

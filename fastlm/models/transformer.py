@@ -174,7 +174,7 @@ class Transformer(nn.Module):
 
     @property
     def sections(self) -> dict[str, tuple[int, ...]]:
-        """Rows of the matrices that lie one behind the other in one weight, by a part of its name: optim.muon_groups' argument."""
+        """Rows of the matrices that lie one behind the other in one weight, by a part of its name, for optim.muon_groups."""
         c = self.config
         found = {"qkv": (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim)}
         return found | ({"gate_up": (c.d_ff, c.d_ff)} if c.gated else {})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlm import ops
 from fastlm.nn.replace import Report
-from fastlm.ops._op import _state, _transforming
+from fastlm.ops._op import at_once
 from fastlm.ops.quantize import QuantizedWeight, dequantize_weight, quantize_weight
 from fastlm.ops.quantized_cpu import BF16_ROWS, PackedInt4
 
@@ -128,17 +128,10 @@ class QuantizedLinear(nn.Module):
 
     def _few_rows(self, x: Tensor) -> Tensor | None:
         """forward by torch's int4 product, which `auto` cannot take: it wants the codes packed in its own way."""
-        if x.dtype != torch.bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
-            return None
-        if _state.backend != "auto" or _transforming((x,)):
+        if not at_once("auto", x) or x.dtype != torch.bfloat16 or torch.is_grad_enabled() or not x.numel():
             return None
         rows = x.reshape(-1, x.shape[-1])
-        if (
-            x.device.type != "cpu"
-            or type(x) is not Tensor
-            or len(rows) > BF16_ROWS
-            or rows.shape[1] != self.in_features
-        ):
+        if len(rows) > BF16_ROWS or rows.shape[1] != self.in_features:
             return None
         packed = self.packed_int4()
         if packed is None:

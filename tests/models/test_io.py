@@ -282,3 +282,12 @@ def test_broken_json_and_index(folder, tmp_path):
     refuses(tmp_path / "shards", "must hold an object")
     (folder / io.CONFIG).write_text('{"model_type": ')
     refuses(folder, str(folder / io.CONFIG), "cannot be read")
+
+
+def test_a_quantised_model_is_not_saved_as_if_it_were_whole(tmp_path):
+    model = Transformer(preset("llama-4x192"))
+    report = fastlm.nn.quantize_(model)
+    with pytest.raises(UserError, match=r"save: the model has no blocks\.0\.attention\.out\.weight .*report\.undo\(\)"):
+        model.save_pretrained(tmp_path)
+    report.undo()
+    model.save_pretrained(tmp_path)
