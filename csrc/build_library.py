@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 NAME = "libfastlm_cuda.so"
 # GPUs: sm_80 (also 8.6, 8.9), sm_90a (Hopper), sm_100 (Blackwell); later ones compile the PTX of compute_100 on first use.
 ARCHITECTURES = {"80": "sm_80", "90a": "sm_90a", "100": "[sm_100,compute_100]"}
+OLDEST = (12, 8)  # release of nvcc that knows sm_100
 FLAGS = [
     "-std=c++20", "-O3", "-cudart", "static", "-Xfatbin", "-compress-all",
     # Hidden: it is loaded beside torch's own CUDA runtime, neither may see the other's functions.
@@ -41,11 +43,15 @@ def sources() -> list[Path]:
 
 
 def find_nvcc() -> str:
-    """nvcc of CUDA_HOME, else of PATH, else of /usr/local/cuda. Raises CannotBuild where there is none."""
+    """nvcc of CUDA_HOME, else of PATH, else of /usr/local/cuda. Raises CannotBuild where there is none, or only an old one."""
     home = os.environ.get("CUDA_HOME")
     found = [os.path.join(home, "bin", "nvcc")] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     for nvcc in found:
         if nvcc and os.access(nvcc, os.X_OK):
+            release = re.search(r"release (\d+)\.(\d+)", _run([nvcc, "--version"]))
+            if release is None or tuple(map(int, release.groups())) < OLDEST:
+                wanted = ".".join(map(str, OLDEST))
+                raise CannotBuild(f"{nvcc} is {release[0] if release else 'no nvcc'}; {wanted} or newer is needed")
             return nvcc
     raise CannotBuild("nvcc was not found in " + (f"CUDA_HOME={home}" if home else "PATH or /usr/local/cuda"))
 

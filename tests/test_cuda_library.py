@@ -229,6 +229,20 @@ def test_a_build_without_it_says_so(environment, words):
     assert words in run([sys.executable, "setup.py", "--name"], ROOT, PYTHONDONTWRITEBYTECODE="1", **environment)
 
 
+def test_an_old_nvcc_is_told_from_one_that_can(tmp_path, monkeypatch):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    for release, fits in (("12.4", False), ("12.8", True), ("13.0", True)):
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.131'\n")
+        nvcc.chmod(0o755)
+        if fits:
+            build_library.check()
+        else:
+            with pytest.raises(build_library.CannotBuild, match="is release 12.4; 12.8 or newer is needed"):
+                build_library.check()
+
+
 # --- a library that cannot be used --------------------------------------------------------------------------------
 
 BAD = {
