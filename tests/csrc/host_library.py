@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -145,6 +146,16 @@ def library(source: str, *flags: str) -> HostLibrary:
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
         os.replace(temporary, built)  # at once: another process may build the same
     return HostLibrary(built)
+
+
+def planted(source: str, old: str, new: str, folder: Path) -> HostLibrary:
+    """The library of a kernel file with a mistake: `old`, which stands in it once, is `new`. In `folder`, and for fp32 alone, as
+    far as the launcher chooses by `case FASTLM_...`: it compiles in a part of the time."""
+    text = (ROOT / source).read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {source}"
+    path = folder / Path(source).name
+    path.write_text(re.sub(r"case FASTLM_B?FLOAT16: .*", "", text).replace(old, new), encoding="utf-8")
+    return library(str(path))
 
 
 def same_in_all_orders(run: Callable[[str], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """Each feature of the device layer on the host body, and that the same source is CUDA."""
 
 import math
+import re
 import subprocess
 import time
 
@@ -23,6 +24,15 @@ from tests.csrc.host_library import (
 
 SOURCE = "tests/csrc/layer_cases.cu"
 LANE = torch.arange(32, dtype=torch.int32)
+
+
+def raw_names(source: str) -> list[str]:
+    """What only one of the two bodies knows, outside comments."""
+    code = re.sub(r"//.*|/\*(?s:.*?)\*/", "", source)
+    return re.findall(
+        r"\b(?:threadIdx|blockIdx|blockDim|gridDim|asm|__\w+__|__(?:sync|shfl|thread|ld|st|ballot)\w*|atomic[A-Z]\w*)\b",
+        code,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +218,28 @@ def test_a_launch_takes_milliseconds(lib):
         lib.run("last_block", In(x), Out(partial), Both(torch.zeros(1, dtype=torch.int32)), Out(sum_), 4)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.02  # 0.6 ms where it was measured
+
+
+@needs_compiler
+def test_the_kernel_of_the_readme(tmp_path):
+    text = (CSRC / "README.md").read_text()
+    source = tmp_path / "normalize.cu"
+    source.write_text(text.split("```cpp\n")[1].split("```")[0])
+    x, y = torch.rand(5, 300).bfloat16(), torch.empty(5, 300, dtype=torch.bfloat16)
+    library(str(source)).run("normalize", In(x), Out(y), 5, 300, order="random")
+    torch.testing.assert_close(y, x / x.sum(1, keepdim=True), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("path", sorted(CSRC.glob("*.cu")), ids=lambda path: path.stem)
+def test_kernels_use_the_names_of_the_layer_alone(path):
+    assert raw_names(path.read_text()) == []
+
+
+def test_a_raw_name_is_seen():
+    assert raw_names("int i = threadIdx.x; __syncthreads();  // __shared__\n/* asm */") == [
+        "threadIdx",
+        "__syncthreads",
+    ]
 
 
 @needs_nvcc

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from fastlm.ops.global_norm import _reference
-from tests.csrc.host_library import DTYPES, Both, HostError, In, Out, library, needs_compiler, same_in_all_orders
+from tests.csrc.host_library import (
+    DTYPES,
+    Both,
+    HostError,
+    In,
+    Out,
+    library,
+    needs_compiler,
+    planted,
+    same_in_all_orders,
+)
 
 pytestmark = needs_compiler
 BLOCK = 2048
@@ -75,3 +85,21 @@ def test_a_size_that_is_wrong_is_seen(lib):
 def test_a_table_that_is_too_short_is_seen(lib):
     with pytest.raises(HostError, match="out of bounds: read of .* of buffer 'owners'"):
         norm(lib, [torch.randn(40)], count=2)
+
+
+BUGS = {
+    "the first block adds up": (
+        "if (!is_last_block(Global<unsigned>(a.counter), grid_x())) return;",
+        "if (block_x()) return;",
+    ),
+    "no second reading": ("if (!(sum < INFINITY)) {", "if (false) {"),
+    "the tail is taken for a block": ("if (aligned && count >= kBlock) {", "if (aligned) {"),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_seen(name, tmp_path):
+    lib = planted("csrc/global_norm.cu", *BUGS[name], tmp_path)
+    with pytest.raises((AssertionError, HostError)):
+        test_against_the_reference(lib, 3)
+        test_squares_that_overflow(lib)

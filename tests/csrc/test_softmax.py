@@ -7,7 +7,7 @@ import torch
 
 from fastlm.ops.softmax import _reference
 from fastlm.testing import assert_accurate
-from tests.csrc.host_library import DTYPES, HostError, In, Out, library, needs_compiler, same_in_all_orders
+from tests.csrc.host_library import DTYPES, HostError, In, Out, library, needs_compiler, planted, same_in_all_orders
 
 pytestmark = needs_compiler
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -94,3 +94,18 @@ def test_wrong_arguments_are_refused(lib):
         launch(lib, x[:0])
     with pytest.raises(HostError, match="out of bounds: write of bytes 32 to 47 of buffer 'y'"):
         launch(lib, x, out=torch.empty(1, 8))
+
+
+BUGS = {
+    "the tail takes part": ("s[k][i] = column + i < a.columns ? s[k][i] * a.scale : -INFINITY", "s[k][i] *= a.scale"),
+    "-inf alone is NaN": ("if (higher == -INFINITY) continue;", ""),
+    "the tail is written past its end": ("if (column + i < columns) store_vector(", "store_vector("),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_seen(name, tmp_path):
+    lib = planted("csrc/softmax.cu", *BUGS[name], tmp_path)
+    with pytest.raises((AssertionError, HostError)):
+        test_both_directions(lib, (5, 75), FP32)
+        test_infinities_and_nan_are_torchs(lib, 37)
