@@ -215,11 +215,11 @@ inline int fill_zero(void* p, size_t bytes, void* stream) {
   return static_cast<int>(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-// Launches. More than 48 KB of shared memory must be asked for.
+// Launches. Shared memory, static and dynamic, of more than 48 KB must be asked for.
 template <class... Parameters, class... Arguments>
 int launch_with(cudaLaunchAttribute* attributes, int count, void (*kernel)(Parameters...), Dim grid, int threads,
                 int shared_bytes, void* stream, Arguments... arguments) {
-  if (shared_bytes > 48 * 1024) {
+  if (shared_bytes > 0) {
     cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                              cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return static_cast<int>(error);

@@ -1,4 +1,5 @@
-// Reductions over a warp and a block, the same for both bodies. Every thread gets the same bits.
+// Reductions over a warp and a block, the same for both bodies. Every thread gets the same bits (of a maximum that is zero, its
+// sign may differ).
 #pragma once
 
 namespace device {

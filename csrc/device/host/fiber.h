@@ -18,11 +18,12 @@
 namespace device::host {
 
 struct Fiber {
-  static constexpr size_t kStack = 128 << 10;
+  static constexpr size_t kStack = 128 << 10, kGuard = 4096;
 
   Fiber() {
     stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (stack == MAP_FAILED) {
+    // A kernel that needs more than its stack stops the process there instead of writing into another thread's.
+    if (stack == MAP_FAILED || mprotect(stack, kGuard, PROT_NONE)) {
       std::fprintf(stderr, "fastlm host body: no memory for a thread's stack\n");
       std::abort();
     }

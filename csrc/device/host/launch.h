@@ -1,8 +1,6 @@
 // Runs a kernel: starts blocks, switches between their threads, and sees when nothing moves any more.
 #pragma once
 
-#include <random>
-
 #include "access.h"
 
 namespace device {
@@ -17,6 +15,17 @@ inline void thread_main() {
   }
 }
 
+// Fisher and Yates's shuffle with SplitMix64's numbers: std::shuffle gives other orders in other libraries.
+template <class T>
+inline void mix(std::vector<T>& items, uint64_t& state) {
+  for (size_t left = items.size(); left > 1; --left) {
+    uint64_t z = state += 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    std::swap(items[left - 1], items[(z ^ (z >> 31)) % left]);
+  }
+}
+
 class Launch {
  public:
   explicit Launch(bool cooperative) : random_(machine.seed) {
@@ -26,7 +35,7 @@ class Launch {
     machine.releases.clear();
     for (auto& buffer : machine.buffers) buffer->track();
     for (int64_t i = 0; i < total_; ++i) order_.push_back(machine.order == 1 ? total_ - 1 - i : i);
-    if (machine.order == 2) std::shuffle(order_.begin(), order_.end(), random_);
+    if (machine.order == 2) mix(order_, random_);
   }
 
   // False if a mistake was found: machine.report.
@@ -87,7 +96,7 @@ class Launch {
       }
     }
     if (machine.order == 1) std::reverse(turns_.begin(), turns_.end());
-    if (machine.order == 2) std::shuffle(turns_.begin(), turns_.end(), random_);
+    if (machine.order == 2) mix(turns_, random_);
     for (auto [block, thread] : turns_) {
       if (thread->state == State::waiting) continue;
       ran |= thread->state == State::ready;
@@ -141,7 +150,7 @@ class Launch {
   }
 
  private:
-  std::mt19937_64 random_;
+  uint64_t random_;
   int64_t total_ = 0, next_ = 0, resident_ = 1;
   std::vector<int64_t> order_;
   std::vector<std::unique_ptr<Block>> live_;
