@@ -65,13 +65,19 @@ def _span(t: Tensor) -> int:
 
 
 class HostLibrary:
-    def __init__(self, path: Path):
+    """A compiled file. `suffix` is appended to the names of its functions."""
+
+    def __init__(self, path: Path, suffix: str = ""):
+        self._path, self._suffix = path, suffix
         self._dll = ctypes.CDLL(str(path))
         self._dll.fastlm_host_report.restype = ctypes.c_char_p
         self._dll.fastlm_host_unwritten.restype = ctypes.c_int64
         self._dll.fastlm_host_unwritten.argtypes = [ctypes.c_void_p]
         self._dll.fastlm_host_reset.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
         self._dll.fastlm_host_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_int]
+
+    def with_suffix(self, suffix: str) -> HostLibrary:
+        return HostLibrary(self._path, suffix)
 
     def run(self, function: str, *values, order: str = "forward", buffers: dict | None = None) -> None:
         """Calls `int function(values..., void* stream)`, every In, Out and Both registered as a buffer.
@@ -87,7 +93,7 @@ class HostLibrary:
             self._pointer(name, buffer)
         outputs = [v for v in _flat(values) if isinstance(v, Out) and v.tensor is not None and v.tensor.numel()]
         arguments = [self._argument(f"argument {i}", v) for i, v in enumerate(values)]
-        code = getattr(self._dll, function)(*arguments, ctypes.c_void_p())
+        code = getattr(self._dll, function + self._suffix)(*arguments, ctypes.c_void_p())
         report = self._dll.fastlm_host_report().decode()
         if code or report:
             raise HostError(f"{function} returned {code}: {report or 'no report'}")
@@ -148,14 +154,21 @@ def library(source: str, *flags: str) -> HostLibrary:
     return HostLibrary(built)
 
 
-def planted(source: str, old: str, new: str, folder: Path) -> HostLibrary:
-    """The library of a kernel file with a mistake: `old`, which stands in it once, is `new`. In `folder`, and for fp32 alone, as
-    far as the launcher chooses by `case FASTLM_...`: it compiles in a part of the time."""
-    text = (ROOT / source).read_text(encoding="utf-8")
-    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {source}"
+def planted(source: str, bugs: dict[str, tuple[str, str]], folder: Path) -> dict[str, HostLibrary]:
+    """name -> the library of a kernel file with that mistake: `old`, which stands in it once, is `new`.
+
+    One file in `folder` holds all, each in a namespace, so that headers are compiled once; and each for fp32 alone, as far as the
+    launcher chooses by `case FASTLM_...`.
+    """
+    text = re.sub(r"case FASTLM_B?FLOAT16: .*", "", (ROOT / source).read_text(encoding="utf-8"))
+    parts = re.findall(r"#include .*\n", text)
+    for i, (old, new) in enumerate(bugs.values()):
+        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {source}"
+        changed = re.sub(r'(extern "C" int \w+)\(', rf"\1_{i}(", text.replace(old, new))
+        parts.append(f"namespace bug_{i} {{\n{changed}\n}}\n")
     path = folder / Path(source).name
-    path.write_text(re.sub(r"case FASTLM_B?FLOAT16: .*", "", text).replace(old, new), encoding="utf-8")
-    return library(str(path))
+    path.write_text("".join(parts), encoding="utf-8")
+    return {name: library(str(path)).with_suffix(f"_{i}") for i, name in enumerate(bugs)}
 
 
 def same_in_all_orders(run: Callable[[str], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

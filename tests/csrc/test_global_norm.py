@@ -97,9 +97,14 @@ BUGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def with_bug(tmp_path_factory):
+    return planted("csrc/global_norm.cu", BUGS, tmp_path_factory.mktemp("planted"))
+
+
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_is_seen(name, tmp_path):
-    lib = planted("csrc/global_norm.cu", *BUGS[name], tmp_path)
+def test_planted_bug_is_seen(name, with_bug):
+    lib = with_bug[name]
     with pytest.raises((AssertionError, HostError)):
         test_against_the_reference(lib, 3)
         test_squares_that_overflow(lib)

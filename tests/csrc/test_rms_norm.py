@@ -137,9 +137,14 @@ BUGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def with_bug(tmp_path_factory):
+    return planted(SOURCE, BUGS, tmp_path_factory.mktemp("planted"))
+
+
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_is_seen(name, tmp_path):
-    lib = planted(SOURCE, *BUGS[name], tmp_path)
+def test_planted_bug_is_seen(name, with_bug):
+    lib = with_bug[name]
     x, fused = random((5, 40), FP32), random((3, 4, 80), FP32)
     with pytest.raises((AssertionError, HostError)):
         check(lib, x)

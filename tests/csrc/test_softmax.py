@@ -103,9 +103,14 @@ BUGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def with_bug(tmp_path_factory):
+    return planted("csrc/softmax.cu", BUGS, tmp_path_factory.mktemp("planted"))
+
+
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_is_seen(name, tmp_path):
-    lib = planted("csrc/softmax.cu", *BUGS[name], tmp_path)
+def test_planted_bug_is_seen(name, with_bug):
+    lib = with_bug[name]
     with pytest.raises((AssertionError, HostError)):
         test_both_directions(lib, (5, 75), FP32)
         test_infinities_and_nan_are_torchs(lib, 37)
