@@ -166,8 +166,3 @@ def product(codes, scale, weight_codes, weight_scale, bias, dtype):
 def fp8_linear_fwd(x, weight, bias, weight_scale, input_scale, by_row):
     """-> y; see fp8_linear.forward."""
     return steps.forward(quantize, product, x, weight, bias, weight_scale, input_scale, by_row)
-
-
-def fp8_linear_bwd(*args):
-    """-> gradients; see fp8_linear.backward."""
-    return steps.backward(*args)

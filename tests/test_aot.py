@@ -59,7 +59,9 @@ def test_every_launcher_has_a_case():
     from fastlm.ops._op import REGISTRY
 
     listed = {case.launcher for stem in ops_with_benchmarks() for case in getattr(load(stem), "AOT", [])}
-    missing = {name for op in REGISTRY.values() for name in op.kernels.get("triton", ()) if name} - listed
+    # A function in place of a name calls torch's own products: nothing to compile.
+    names = {name for op in REGISTRY.values() for name in op.kernels.get("triton", ()) if isinstance(name, str)}
+    missing = names - listed
     assert not missing, f"no Aot case in benchmarks/ops/bench_*.py for {sorted(missing)}"
 
 

@@ -74,7 +74,7 @@ OP = Op(
     reference=_reference,
     kernels={
         "torch": (_torch_forward, steps.backward),
-        "triton": ("fp8_product:fp8_linear_fwd", "fp8_product:fp8_linear_bwd"),
+        "triton": ("fp8_product:fp8_linear_fwd", steps.backward),
     },
     supports=_supports,
     slower=_slower,
