@@ -19,7 +19,9 @@ _TL = {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
     torch.int16: tl.int16, torch.int8: tl.int8, torch.uint8: tl.uint8,
 }  # fmt: skip
-_captured: list = []  # tables a CUDA graph reads at every replay
+# What CUDA graphs read at every replay: the tables, and the pinned host memory their copies start from. It lives as long as the
+# process: nothing says when the last replay was. Some bytes per parameter and 8 per block of it, for each graph.
+_captured: list = []
 
 
 class Table(NamedTuple):
@@ -79,22 +81,31 @@ def number(ptr, value):
 
 
 def _to_device(host, device):
-    # From pinned memory the copy does not wait for the device.
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    if device.type != "cuda":
+        return host.to(device)
+    host = host.pin_memory()  # the copy does not wait for the device
+    there = host.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append((host, there))
+    return there
+
+
+# A cached table belongs to the CUDA stream it was copied on: a kernel on another could read it before the copy has ended, and
+# once it was evicted its memory would be free for others while that kernel still read it. On one stream order settles both.
 
 
 @functools.lru_cache(maxsize=32)
-def _addresses(pointers: tuple[tuple[int, ...], ...], device: torch.device):
+def _addresses(pointers: tuple[tuple[int, ...], ...], device: torch.device, cuda_stream: int):
     return _to_device(torch.tensor(pointers, dtype=torch.int64).t().contiguous(), device)
 
 
 @functools.lru_cache(maxsize=32)
-def _streams(streams: tuple[int, ...], device: torch.device):
+def _streams(streams: tuple[int, ...], device: torch.device, cuda_stream: int):
     return _to_device(torch.tensor([s & 0x7FFFFFFF for s in streams], dtype=torch.int32), device)
 
 
 @functools.lru_cache(maxsize=32)
-def _blocks(sizes: tuple[int, ...], device: torch.device):
+def _blocks(sizes: tuple[int, ...], device: torch.device, cuda_stream: int):
     """-> size of each tensor (int64), and for each program its tensor and its block within that tensor (int32)."""
     size = torch.tensor(sizes, dtype=torch.int64)
     count = (size + BLOCK - 1) // BLOCK
@@ -110,15 +121,15 @@ def table_of(lists, streams: list[int] | None) -> tuple[Table, bool]:
     pointers = tuple(tuple(t.data_ptr() for t in tensors) if tensors else (0,) * len(params) for tensors in lists)
     sizes = tuple(t.numel() for t in params)
     streams = None if streams is None else tuple(streams)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # The copies become nodes of the graph: their results hold nothing before a replay and must not be found later.
-        addresses, random, blocks = _addresses.__wrapped__, _streams.__wrapped__, _blocks.__wrapped__
-    else:
-        addresses, random, blocks = _addresses, _streams, _blocks
-    size, owner, block = blocks(sizes, device)
-    table = Table(addresses(pointers, device), size, None if streams is None else random(streams, device), owner, block)
-    if addresses is not _addresses:
-        _captured.append(table)
+    at, make = (device, 0), (_addresses, _streams, _blocks)
+    if device.type == "cuda":
+        at = (device, torch.cuda.current_stream(device).cuda_stream)
+        if torch.cuda.is_current_stream_capturing():
+            # The copies become nodes of the graph: their results hold nothing before a replay and must not be found later.
+            make = [cached.__wrapped__ for cached in make]
+    addresses, random, blocks = make
+    size, owner, block = blocks(sizes, *at)
+    table = Table(addresses(pointers, *at), size, None if streams is None else random(streams, *at), owner, block)
     return table, all(p % 16 == 0 for column in pointers for p in column)
 
 
