@@ -54,6 +54,7 @@ def adamw_(
     masters: Sequence[Tensor] | None = None,
     remainders: Sequence[Tensor] | None = None,
     seed: int | Tensor | None = None,
+    streams: Sequence[int] | None = None,
     averages: Sequence[Tensor] | None = None,
     average_decay: float | None = None,
     exp_avg_scales: Sequence[Tensor] | None = None,
@@ -80,7 +81,9 @@ def adamw_(
             fastlm.ops.master_weights.split_master). Both are written.
         seed: int or int64 tensor (seed, offset): bf16 params that have no master, and 8-bit codes, are rounded
             stochastically, by Philox bits of the element, the parameter's place in the list, step, seed and offset, equal on
-            every backend. Two calls of one step must differ in seed or offset. None rounds to nearest.
+            every backend. Two calls of one step must differ in seed, offset or streams. None rounds to nearest.
+        streams: numbers in [0, 2^20), one per parameter, that take the place of its place in the list, so that its random
+            bits do not depend on which others are in this call. None: the place in the list.
         averages: fp32 (or the parameter's dtype); a <- average_decay a + (1 - average_decay) p, of the new weight before it
             is rounded; written. average_decay: a number in [0, 1].
         exp_avg_scales, exp_avg_sq_scales: fp32 [ceil(numel / 256)] each, of the local shard: the states are codes in
@@ -101,6 +104,8 @@ def adamw_(
             raise ValueError(f"adamw_: {name} must be in [0, 1), got {beta}")
     if not isinstance(step, Tensor) and step < 1:
         raise ValueError(f"adamw_: step counts from 1, got {step}")
-    common = Common(lr, step, grad_scale, found_inf, masters, remainders, seed, averages, average_decay, backend)
+    common = Common(
+        lr, step, grad_scale, found_inf, masters, remainders, seed, averages, average_decay, backend, streams
+    )
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     run_step(OP, params, grads, states, (exp_avg_scales, exp_avg_sq_scales), common, (beta1, beta2, eps, weight_decay))

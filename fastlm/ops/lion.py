@@ -60,6 +60,7 @@ def lion_(
     masters: Sequence[Tensor] | None = None,
     remainders: Sequence[Tensor] | None = None,
     seed: int | Tensor | None = None,
+    streams: Sequence[int] | None = None,
     averages: Sequence[Tensor] | None = None,
     average_decay: float | None = None,
     exp_avg_scales: Sequence[Tensor] | None = None,
@@ -75,7 +76,7 @@ def lion_(
         exp_avgs: m, each in the parameter's dtype, bf16 or fp32, or with scales int8 codes; written.
         lr: learning rate, a number or a 0-d tensor. beta1, beta2: numbers in [0, 1). weight_decay: a number.
         step: counts the steps for the random numbers; needed with `seed` only, a number or a 0-d tensor.
-        grad_scale, found_inf, masters, remainders, seed, averages, average_decay: as in `adamw_`.
+        grad_scale, found_inf, masters, remainders, seed, streams, averages, average_decay: as in `adamw_`.
         exp_avg_scales: fp32 [ceil(numel / 256)] each: m is 8-bit codes, as `adamw_`'s exp_avgs.
 
     DTensors, empty tensors and lists, precision and repeatability as in `adamw_`.
@@ -94,5 +95,7 @@ def lion_(
         raise ValueError(
             "lion_: seed needs step, the number of this step: without it every step draws the same numbers"
         )
-    common = Common(lr, step, grad_scale, found_inf, masters, remainders, seed, averages, average_decay, backend)
+    common = Common(
+        lr, step, grad_scale, found_inf, masters, remainders, seed, averages, average_decay, backend, streams
+    )
     run_step(OP, params, grads, {"exp_avgs": exp_avgs}, (exp_avg_scales,), common, (beta1, beta2, float(weight_decay)))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastlm.ops.block_quantize import BLOCK
 
+_STREAMS = 1 << 20  # numbers that a caller may give as streams: those of another part of a DTensor lie so far on
+
 
 def check_lengths(op: str, given: dict[str, Sequence[Tensor] | None]) -> None:
     """Raises ValueError unless all lists that are there are equally long."""
@@ -54,11 +56,13 @@ class Lists(NamedTuple):
         return Lists(*map(parts, self[:5]), tuple(map(parts, self.states)), tuple(map(of_scales, self.scales)))
 
 
-def groups_of(op: str, lists: Lists, state_names: Sequence[str], seeded: bool) -> list[tuple[Lists, list[int]]]:
+def groups_of(
+    op: str, lists: Lists, state_names: Sequence[str], seeded: bool, streams: Sequence[int] | None = None
+) -> list[tuple[Lists, list[int]]]:
     """The lists, split so that each list of a group has one dtype, and the random stream of each parameter.
 
-    DTensors become their local shards; no group is empty, nor any tensor in it. Raises TypeError, ValueError for lists that do
-    not fit together.
+    `streams` are its number as the caller counts; None: its place in the list. DTensors become their local shards; no group is
+    empty, nor any tensor in it. Raises TypeError, ValueError for lists that do not fit together.
     """
     if not lists.params:
         return []
@@ -67,7 +71,7 @@ def groups_of(op: str, lists: Lists, state_names: Sequence[str], seeded: bool) -
         check(0, lists.params[0], *(_pick(lists, 0)[1:]))
         for i, p in enumerate(lists.params) if any(lists.scales) else ():
             check.scales(i, p, *(_pick(lists, i)[5:]))
-        return [(lists, list(range(len(lists.params))))]
+        return [(lists, list(range(len(lists.params)) if streams is None else streams))]
     groups: dict[tuple, list[tuple]] = {}
     for i, p in enumerate(lists.params):
         one = _pick(lists, i)
@@ -76,7 +80,8 @@ def groups_of(op: str, lists: Lists, state_names: Sequence[str], seeded: bool) -
         check.scales(i, one.params, *one[5:])
         if one.params.numel():
             key = _map(lambda t: t.dtype, tuple(one))
-            groups.setdefault(key, []).append((one, i + len(lists.params) * _shard_number(p)))
+            own, apart = (i, len(lists.params)) if streams is None else (streams[i], _STREAMS)
+            groups.setdefault(key, []).append((one, own + apart * _shard_number(p)))
     return [(_gather([one for one, _ in group]), [stream for _, stream in group]) for group in groups.values()]
 
 

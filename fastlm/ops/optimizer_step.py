@@ -51,6 +51,7 @@ class Common(NamedTuple):
     averages: Sequence[Tensor] | None
     average_decay: float | None
     backend: str
+    streams: Sequence[int] | None = None
 
 
 def optimizer_op(
@@ -104,13 +105,14 @@ def run_step(
         raise ValueError(f"{op.name}: give masters or remainders, not both: either holds the fp32 weights")
     optional = {"masters": common.masters, "remainders": common.remainders, "averages": common.averages}
     names = {scales_name(state): given for state, given in zip(states, scales)}
-    check_lengths(op.name, {"params": params, "grads": grads} | states | optional | names)
+    named = {"streams": common.streams} | names
+    check_lengths(op.name, {"params": params, "grads": grads} | states | optional | named)
     lists = Lists(
         list(params), list(grads), *([] if t is None else list(t) for t in optional.values()),
         tuple([] if t is None else list(t) for t in states.values()),
         tuple([] if t is None else list(t) for t in scales),
     )  # fmt: skip
-    groups = groups_of(op.name, lists, list(states), common.seed is not None)
+    groups = groups_of(op.name, lists, list(states), common.seed is not None, common.streams)
     backend = op.choose(common.backend, *(t[0] for group, _ in groups for t in group.flat() if t))
     for group, streams in groups:
         device = group.params[0].device

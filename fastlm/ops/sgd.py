@@ -57,6 +57,7 @@ def sgd_(
     masters: Sequence[Tensor] | None = None,
     remainders: Sequence[Tensor] | None = None,
     seed: int | Tensor | None = None,
+    streams: Sequence[int] | None = None,
     averages: Sequence[Tensor] | None = None,
     average_decay: float | None = None,
     momentum_buffer_scales: Sequence[Tensor] | None = None,
@@ -75,7 +76,7 @@ def sgd_(
         lr: learning rate, a number or a 0-d tensor. momentum, dampening, weight_decay: numbers. nesterov: look ahead by one
             step; needs momentum and no dampening.
         step: this step's number, counted from 1; a number or a 0-d tensor.
-        grad_scale, found_inf, masters, remainders, seed, averages, average_decay: as in `adamw_`.
+        grad_scale, found_inf, masters, remainders, seed, streams, averages, average_decay: as in `adamw_`.
         momentum_buffer_scales: fp32 [ceil(numel / 256)] each: the buffers are 8-bit codes, as `adamw_`'s exp_avgs.
 
     DTensors, empty tensors and lists, precision and repeatability as in `adamw_`.
@@ -98,7 +99,9 @@ def sgd_(
         )
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError(f"sgd_: nesterov needs momentum > 0 and dampening 0, got {momentum} and {dampening}")
-    common = Common(lr, step, grad_scale, found_inf, masters, remainders, seed, averages, average_decay, backend)
+    common = Common(
+        lr, step, grad_scale, found_inf, masters, remainders, seed, averages, average_decay, backend, streams
+    )
     constants = (float(momentum), float(dampening), float(weight_decay), bool(nesterov))
     run_step(
         OP, params, grads, {"momentum_buffers": momentum_buffers}, (momentum_buffer_scales,), common, constants
