@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from statistics import median
 
@@ -106,10 +105,12 @@ def _lost(found: list[Cell]) -> str:
 
 
 def _untimed(rows: list[Row]) -> str:
-    reasons = Counter((row.op, row.provider, row.reason) for row in rows if row.ms is None)
-    by_reason: dict[tuple, list[str]] = {}
-    for op, provider, reason in reasons:
-        by_reason.setdefault((provider, reason), []).append(f"`{op}`")
+    by_reason: dict[tuple, dict[str, None]] = {}
+    for row in rows:
+        if row.ms is None:
+            # Of several sizes refused for being wrong, the first error stands for all.
+            reason = next((r for p, r in by_reason if (p, r[:5]) == (row.provider, "wrong")), row.reason)
+            by_reason.setdefault((row.provider, reason), {})[f"`{row.op}`"] = None
     lines = [f"- {provider} ({', '.join(ops)}): {reason}" for (provider, reason), ops in by_reason.items()]
     return "\n".join(["Without a time:", "", *lines]) if lines else ""
 
