@@ -106,10 +106,12 @@ def _lost(found: list[Cell]) -> str:
 
 def _untimed(rows: list[Row]) -> str:
     by_reason: dict[tuple, dict[str, None]] = {}
+    refused: dict[tuple, str] = {}  # of several sizes refused for being wrong, the first error stands for all
     for row in rows:
         if row.ms is None:
-            # Of several sizes refused for being wrong, the first error stands for all.
-            reason = next((r for p, r in by_reason if (p, r[:5]) == (row.provider, "wrong")), row.reason)
+            reason = row.reason
+            if reason.startswith("wrong"):
+                reason = refused.setdefault((row.op, row.provider), reason)
             by_reason.setdefault((row.provider, reason), {})[f"`{row.op}`"] = None
     lines = [f"- {provider} ({', '.join(ops)}): {reason}" for (provider, reason), ops in by_reason.items()]
     return "\n".join(["Without a time:", "", *lines]) if lines else ""

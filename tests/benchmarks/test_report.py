@@ -26,6 +26,8 @@ def rows():
             row("torch", 1.0, size={"B": B, "S": S}, **rates),
         ]
     found.append(Row("attention", "flash-attn", {"B": 4, "S": 64}, "bfloat16", "all", reason="missing: No module"))
+    for n in (64, 128):
+        found.append(Row("attention", "fast", {"B": 4, "S": n}, "bfloat16", "all", reason=f"wrong: by {n}"))
     return [*found, row("fastlm:torch", 1.0, op="softmax"), row("torch", 1.5, op="softmax")]
 
 
@@ -46,6 +48,7 @@ def test_the_page(folder, capsys):
     )
     assert "| `softmax` | 1 | 1.50x |" in page
     assert "| `attention` | B=2 S=128 | bfloat16 | forward | 0.80x | 250 us |" in page
+    assert "- fast (`attention`): wrong: by 64\n" in page + "\n" and "by 128" not in page
     assert "- flash-attn (`attention`): missing: No module" in page and "train.jsonl" not in page
     for name in ("speed.png", "roofline.png", "attention-speed.png", "attention-memory.png"):
         assert f"]({name})" in page and (folder / name).stat().st_size > 5000
