@@ -1,9 +1,10 @@
 """`python -m benchmarks compare OLD NEW`: what got slower, beyond what two runs of the same code differ by.
 
-OLD and NEW are folders with an ops.jsonl, or such files. Times are compared cell by cell (op, size, dtype, mode, provider). Both
-runs timed plain PyTorch in turns with the rest, so what it became slower or faster by is taken for the machine's doing and
-divided out; then a cell is an alarm if it is slower by more than --tolerance and than both medians may be off. A cell that
-has lost its time, or needs more memory, is an alarm too. Exit status 1 with an alarm, else 0.
+OLD and NEW are folders with an ops.jsonl, or such files, of one run each or more (`run --out` appends). Times are compared cell
+by cell (op, size, dtype, mode, provider). Each run timed plain PyTorch in turns with the rest: a time counts as a multiple of
+plain PyTorch's in the same run, so that a slower machine is no alarm. A cell is one if NEW's best run is slower than OLD's worst
+by more than --tolerance, and by more than the medians may be off. On a busy machine make two runs of each: what equal runs
+differ by is then known. A cell that has lost its time, or needs more memory, is an alarm too. Exit status 1 with an alarm.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.harness import OURS, Row
-from benchmarks.lines import Cell, cells, read, size_key, size_text
+from benchmarks.lines import Cell, cells, runs_of, size_key
 
 TOLERANCE = 0.05
 _MEMORY = 1.05
@@ -39,51 +40,79 @@ class Comparison:
         return "\n".join(lines if self.alarms else [*lines, "no alarm"])
 
 
-def compare(old: list[Row], new: list[Row], tolerance: float = TOLERANCE) -> Comparison:
-    """Compares two runs' rows.
+def compare(old: list[list[Row]], new: list[list[Row]], tolerance: float = TOLERANCE) -> Comparison:
+    """Compares two sets of runs.
 
     Args:
-        old, new: rows of one run each, as benchmarks.lines.read returns them.
+        old, new: the rows of each run, as benchmarks.lines.runs_of returns them.
         tolerance: what a time may grow by, as a share of it, whatever the samples say.
     """
     result = Comparison()
-    before = {_key(cell): cell for cell in cells(old)}
-    found = {_key(cell): cell for cell in cells(new)}
-    for key, cell in found.items():
-        earlier = before.get(key)
-        for name, row in cell.rows.items():
-            was = earlier.rows.get(name) if earlier else None
-            if was is None:
-                result.new += 1
-                continue
-            result.compared += 1
-            _times(result, cell, was, row, earlier, tolerance)
-            _memory(result, cell, was, row)
+    before, found = _by_provider(old), _by_provider(new)
+    for key, times in found.items():
+        if key not in before:
+            result.new += 1
+            continue
+        result.compared += 1
+        if key[-1].startswith(OURS):  # another's times are not ours to repair
+            _times(result, before[key], times, tolerance)
+            _memory(result, before[key], times)
     _lost(result, before, found, new)
     return result
+
+
+@dataclass(frozen=True)
+class _Time:
+    """A provider's time in one run."""
+
+    cell: Cell
+    row: Row
+
+    @property
+    def multiple(self) -> float:
+        """Of plain PyTorch's time in the same run; the milliseconds themselves where that was not measured."""
+        return self.row.ms / self.cell.plain.ms if self.cell.plain else self.row.ms
+
+    @property
+    def error(self) -> float:
+        """How far `multiple` may be off, as a share of it."""
+        return math.hypot(_error(self.row), _error(self.cell.plain) if self.cell.plain else 0.0)
+
+
+def _by_provider(runs: list[list[Row]]) -> dict[tuple, list[_Time]]:
+    """(op, size, dtype, mode, provider) -> its time in every run that has one."""
+    found: dict[tuple, list[_Time]] = {}
+    for rows in runs:
+        for cell in cells(rows):
+            for name, row in cell.rows.items():
+                found.setdefault((*_key(cell), name), []).append(_Time(cell, row))
+    return found
 
 
 def _key(cell: Cell) -> tuple:
     return cell.op, size_key(cell.size), cell.dtype, cell.mode
 
 
-def _drift(old: Cell, new: Cell) -> float:
-    """What the machine alone made this cell slower by: the change of plain PyTorch, which nobody has touched."""
-    a, b = old.plain, new.plain
-    return b.ms / a.ms if a and b and a.provider == b.provider else 1.0
+def _times(result: Comparison, old: list[_Time], new: list[_Time], tolerance: float) -> None:
+    def gap(worst: _Time, best: _Time) -> float:
+        """By how much more than it may, `best` is above `worst`; below 0 for no alarm."""
+        return best.multiple / worst.multiple - 1 - max(tolerance, math.hypot(worst.error, best.error))
 
+    def text(a: _Time, b: _Time) -> str:
+        drift = (
+            f" beside plain PyTorch's {b.cell.plain.ms / a.cell.plain.ms:.2f}x" if a.cell.plain and b.cell.plain else ""
+        )
+        change = f"{a.row.ms:.4f} -> {b.row.ms:.4f} ms, {b.multiple / a.multiple:.2f}x the time{drift}"
+        return f"{b.cell} {b.row.provider}: {change}"
 
-def _times(result: Comparison, cell: Cell, was: Row, row: Row, old: Cell, tolerance: float) -> None:
-    if not row.provider.startswith(OURS):
-        return  # another's times are not ours to repair
-    drift, spread = _drift(old, cell), math.hypot(_error(was), _error(row))
-    ratio = row.ms / (was.ms * drift)
-    text = f"{cell} {row.provider}: {was.ms:.4f} -> {row.ms:.4f} ms, {ratio:.2f}x the time"
-    text += f" beside plain PyTorch's {drift:.2f}x" if drift != 1.0 else ""
-    if ratio > 1 + max(tolerance, spread):
-        result.alarms.append(text)
-    elif ratio < 1 / (1 + max(tolerance, spread)):
-        result.faster.append(text)
+    def by_multiple(times: list[_Time]) -> list[_Time]:
+        return sorted(times, key=lambda t: t.multiple)
+
+    old, new = by_multiple(old), by_multiple(new)
+    if gap(old[-1], new[0]) > 0:
+        result.alarms.append(text(old[-1], new[0]))
+    elif gap(new[-1], old[0]) > 0:
+        result.faster.append(text(old[0], new[-1]))
 
 
 def _error(row: Row) -> float:
@@ -92,22 +121,19 @@ def _error(row: Row) -> float:
     return _ERRORS * 0.93 * 2 * (row.ms - row.q1) / row.ms / math.sqrt(min(row.samples, _INDEPENDENT))
 
 
-def _memory(result: Comparison, cell: Cell, was: Row, row: Row) -> None:
-    if was.peak_mb is None or row.peak_mb is None or not row.provider.startswith(OURS):
-        return
-    if row.peak_mb > _MEMORY * was.peak_mb + _MIB:
-        result.alarms.append(f"{cell} {row.provider}: peak memory {was.peak_mb:.1f} -> {row.peak_mb:.1f} MiB")
+def _memory(result: Comparison, old: list[_Time], new: list[_Time]) -> None:
+    was, now = (min((t.row.peak_mb for t in times if t.row.peak_mb is not None), default=None) for times in (old, new))
+    if was is not None and now is not None and now > _MEMORY * was + _MIB:
+        result.alarms.append(f"{new[0].cell} {new[0].row.provider}: peak memory {was:.1f} -> {now:.1f} MiB")
 
 
-def _lost(result: Comparison, before: dict, found: dict, new: list[Row]) -> None:
+def _lost(result: Comparison, before: dict, found: dict, new: list[list[Row]]) -> None:
     """Times of ours that NEW has a reason for not having. Cells that NEW did not measure at all are no alarm."""
-    reasons = {(r.op, size_key(r.size), r.dtype, r.provider): r for r in new if r.ms is None}
-    for key, cell in before.items():
-        for name in cell.rows:
-            row = reasons.get((*key[:3], name))
-            gone = key not in found or name not in found[key].rows
-            if row and gone and row.mode in ("all", cell.mode) and name.startswith(OURS):
-                result.alarms.append(f"{row.op} {size_text(row.size)} {row.dtype} {cell.mode} {name}: {row.reason}")
+    reasons = {(r.op, size_key(r.size), r.dtype, r.provider): r for rows in new for r in rows if r.ms is None}
+    for key, times in before.items():
+        row = reasons.get((*key[:3], key[4]))
+        if row and key not in found and row.mode in ("all", key[3]) and key[4].startswith(OURS):
+            result.alarms.append(f"{times[0].cell} {key[4]}: {row.reason}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,12 +148,13 @@ def main(argv: list[str] | None = None) -> int:
         if not path.is_file():
             print(f"compare: no {path}; give a folder that `python -m benchmarks run --out` wrote", file=sys.stderr)
             return 2
-        runs.append(read(path))
-    (was, old), (now, new) = runs
+        runs.append([run for run in runs_of(path) if run[1]])
+    old, new = runs
     for name in ("cpu", "gpu", "torch", "triton", "threads"):
-        if was.get(name) != now.get(name):
-            print(f"the runs differ in {name}: {was.get(name)} and {now.get(name)}")
-    result = compare(old, new, options.tolerance)
+        was, now = ({machine.get(name) for machine, _ in several} for several in runs)
+        if was != now:
+            print(f"the runs differ in {name}: {was} and {now}")
+    result = compare([rows for _, rows in old], [rows for _, rows in new], options.tolerance)
     print(result)
     return 1 if result.alarms else 0
 

@@ -32,17 +32,14 @@ class Lines:
                 file.write(json.dumps({k: v for k, v in entry.items() if v is not None}) + "\n")
 
 
-def read(path: Path) -> tuple[dict, list[Row]]:
-    """The rows of a JSON lines file of op times, and the description of the machine of its last run.
-
-    A file may hold several runs; of a cell that was measured more than once the latest row counts. A cell that has a time now
-    loses the reason it had for having none, and the other way round. Lines that a stopped run left half written are skipped.
+def runs_of(path: Path) -> list[tuple[dict, list[Row]]]:
+    """Every run in a JSON lines file of op times: its machine, and its rows. Lines that a stopped run left half written are
+    skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
-    machine: dict = {}
-    rows: dict[tuple, Row] = {}
+    runs: list[tuple[dict, list[Row]]] = []
     names = {f.name for f in fields(Row)}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -50,17 +47,34 @@ def read(path: Path) -> tuple[dict, list[Row]]:
         except json.JSONDecodeError:
             continue
         if entry.get("kind") == "machine":
-            machine = entry
+            runs.append((entry, []))
         elif entry.get("kind") in ("time", "no time"):
-            row = Row(**{k: v for k, v in entry.items() if k in names})
-            whole = (row.op, row.provider, size_key(row.size), row.dtype)
-            if row.ms is None and row.mode == "all":
-                rows = {key: old for key, old in rows.items() if key[:4] != whole}
-            else:
-                rows.pop((*whole, "all"), None)
-            rows.pop((*whole, row.mode), None)  # so that the latest comes last
-            rows[(*whole, row.mode)] = row
-    return machine, list(rows.values())
+            if not runs:
+                runs.append(({}, []))
+            runs[-1][1].append(Row(**{k: v for k, v in entry.items() if k in names}))
+    return runs
+
+
+def read(path: Path) -> tuple[dict, list[Row]]:
+    """The rows of a JSON lines file of op times, and the description of the machine of its last run.
+
+    Of a cell that was measured more than once the latest row counts. A cell that has a time now loses the reason it had for
+    having none, and the other way round.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    runs = runs_of(path)
+    rows: dict[tuple, Row] = {}
+    for row in (row for _, found in runs for row in found):
+        whole = (row.op, row.provider, size_key(row.size), row.dtype)
+        if row.ms is None and row.mode == "all":
+            rows = {key: old for key, old in rows.items() if key[:4] != whole}
+        else:
+            rows.pop((*whole, "all"), None)
+        rows.pop((*whole, row.mode), None)  # so that the latest comes last
+        rows[(*whole, row.mode)] = row
+    return (runs[-1][0] if runs else {}), list(rows.values())
 
 
 def size_key(size: dict) -> str:

@@ -60,41 +60,50 @@ def run(monkeypatch, tmp_path, name, seed, ours_us=200.0, speed=1.0, form=None):
 def test_two_equal_runs_raise_no_alarm(monkeypatch, tmp_path):
     for seed in range(0, 20, 2):
         old, new = (run(monkeypatch, tmp_path, f"equal{s}", s) for s in (seed, seed + 1))
-        result = compare.compare(old, new)
+        result = compare.compare([old], [new])
         assert result.alarms == [] and result.compared == 8 and "no alarm" in str(result)
 
 
 def test_ten_percent_slower_is_caught_in_every_cell(monkeypatch, tmp_path):
     for seed in range(0, 10, 2):
         old = run(monkeypatch, tmp_path, f"old{seed}", seed)
-        slow = compare.compare(old, run(monkeypatch, tmp_path, f"slow{seed}", seed + 1, ours_us=220.0))
+        slow = compare.compare([old], [run(monkeypatch, tmp_path, f"slow{seed}", seed + 1, ours_us=220.0)])
         assert len(slow.alarms) == len(SIZES) and "fastlm:torch" in slow.alarms[0]
-    fast = compare.compare(old, run(monkeypatch, tmp_path, "fast", 30, ours_us=180.0))
+    fast = compare.compare([old], [run(monkeypatch, tmp_path, "fast", 30, ours_us=180.0)])
     assert fast.alarms == [] and len(fast.faster) == len(SIZES)
 
 
 @pytest.mark.parametrize("speed", [0.6, 1.7])
 def test_another_machine_s_speed_is_divided_out(speed, monkeypatch, tmp_path):
     old = run(monkeypatch, tmp_path, "old", 0)
-    assert compare.compare(old, run(monkeypatch, tmp_path, "same", 1, speed=speed)).alarms == []
-    slow = compare.compare(old, run(monkeypatch, tmp_path, "slow", 2, speed=speed, ours_us=220.0))
+    assert compare.compare([old], [run(monkeypatch, tmp_path, "same", 1, speed=speed)]).alarms == []
+    slow = compare.compare([old], [run(monkeypatch, tmp_path, "slow", 2, speed=speed, ours_us=220.0)])
     assert len(slow.alarms) == len(SIZES) and "beside plain PyTorch's" in slow.alarms[0]
+
+
+def test_what_runs_differ_by_is_no_alarm_where_it_is_known(monkeypatch, tmp_path):
+    """A cell that is 12 % slower in every other run, as where memory happens to lie badly: two runs of either know it."""
+    fast, slow = run(monkeypatch, tmp_path, "fast", 0), run(monkeypatch, tmp_path, "slow", 1, ours_us=224.0)
+    assert len(compare.compare([fast], [slow]).alarms) == len(SIZES)
+    assert compare.compare([fast, slow], [slow, fast]).alarms == []
+    slower = run(monkeypatch, tmp_path, "slower", 2, ours_us=260.0)
+    assert len(compare.compare([fast, slow], [slower, slower]).alarms) == len(SIZES)
 
 
 def test_a_kernel_that_became_wrong_is_an_alarm(monkeypatch, tmp_path):
     old = run(monkeypatch, tmp_path, "old", 0)
     new = run(monkeypatch, tmp_path, "wrong", 1, form=lambda x: x * 2.01)
     assert {c.ours for c in cells(new)} == {None}  # refused a time
-    result = compare.compare(old, new)
+    result = compare.compare([old], [new])
     assert len(result.alarms) == len(SIZES) and "wrong: result 0: max error" in result.alarms[0]
 
 
 def test_memory_and_what_is_new(monkeypatch, tmp_path):
     old = [replace(r, peak_mb=100.0) for r in run(monkeypatch, tmp_path, "old", 0)]
     more = [replace(r, peak_mb=110.0) for r in old]
-    result = compare.compare(old, more)
+    result = compare.compare([old], [more])
     assert len(result.alarms) == len(SIZES) and "peak memory 100.0 -> 110.0 MiB" in result.alarms[0]
-    half = compare.compare(old[: len(old) // 2], old)
+    half = compare.compare([old[: len(old) // 2]], [old])
     assert half.new == len(old) // 2 and half.alarms == []
 
 
