@@ -1,7 +1,9 @@
 """What every optimizer kernel does around its formula: weights and states from memory to fp32 and back.
 
-The formats are those of fastlm/ops/master_weights.py (remainders, stochastic rounding) and fastlm/ops/block_quantize.py (8-bit
-codes), bit for bit. A pointer that is None belongs to a list that is absent, and its code is not compiled.
+The formats are those of master_weights.py in fastlm/ops (remainders, stochastic rounding), bit for bit, and of block_quantize.py
+(8-bit codes): the same scales, and the same codes but where a value lies within fp32 rounding of the border between two, since
+division and root are approximate on a GPU. A pointer that is None belongs to a list that is absent, and its code is not
+compiled.
 """
 
 from __future__ import annotations
@@ -136,7 +138,9 @@ def write_state(s_ptr, scale_ptr, x, col, mask, left, half, BLOCK: tl.constexpr)
         size = tl.reshape(size, (BLOCK // _GROUP, _GROUP))
         scale = tl.max(size, 1)
         usable = (scale > 0) & (scale < float("inf"))
-        part = tl.where(usable[:, None], size / tl.where(usable, scale, 1.0)[:, None], 0.0)
+        less = tl.where(scale > 1e30, 0.00390625, 1.0)  # `/` gives 0 on a GPU for divisors above 2^126
+        divisor = tl.where(usable, scale * less, 1.0)
+        part = tl.where(usable[:, None], size * less[:, None] / divisor[:, None], 0.0)
         root = tl.sqrt(tl.sqrt(part))
         if not SIGNED:
             root = tl.sqrt(root)

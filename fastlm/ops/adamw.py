@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastlm.kernels.moment_bound import least_root
 from fastlm.ops._native import fused_adamw_
 from fastlm.ops.optimizer_step import Common, optimizer_op, run_step
 
@@ -26,6 +27,14 @@ def _fused(params, grads, states, numbers, beta1, beta2, eps, weight_decay):
     )
 
 
+def _of_codes(states, beta1, beta2, eps, weight_decay):
+    """Raises v where no gradients can have led to it beside its m."""
+    least = least_root(beta1, beta2)
+    for m, v in zip(*states):
+        bound = (m * least).square_()
+        v.copy_(torch.where(bound > v, bound, v))  # NaN in v stays
+
+
 OP = optimizer_op(
     "adamw_",
     ("exp_avgs", "exp_avg_sqs"),
@@ -33,6 +42,7 @@ OP = optimizer_op(
     _formula,
     _fused,
     True,
+    of_codes=_of_codes,
 )
 
 
@@ -88,6 +98,8 @@ def adamw_(
             is rounded; written. average_decay: a number in [0, 1].
         exp_avg_scales, exp_avg_sq_scales: fp32 [ceil(numel / 256)] each, of the local shard: the states are codes in
             blocks of 256 elements of the parameter's memory (see fastlm.ops.block_quantize). Zeros beside zero codes are 0.
+            m and v are rounded one by one; a v too small for its m is raised when it is read, to the least that any gradients
+            can leave, so that the step is bounded as with exact states (none for beta1^2 >= beta2).
 
     DTensors (FSDP2) are updated through their local shards. Empty tensors and lists are fine. Sums in fp32 (fp64 for fp64
     parameters), one rounding of each result; bitwise repeatable.

@@ -107,7 +107,7 @@ def global_norm(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
 def _refuse(tensors: list[Tensor]) -> None:
     for i, t in enumerate(tensors):
         if not t.is_floating_point() or t.layout != torch.strided:
-            what = t.dtype if t.layout == torch.strided else t.layout
+            what = t.dtype if t.layout == torch.strided else f"{t.layout}; give its to_dense()"
             raise TypeError(f"global_norm: tensors[{i}] must be dense and real floating point, got {what}")
 
 

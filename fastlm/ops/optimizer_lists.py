@@ -130,6 +130,10 @@ class _Check:
             raise TypeError(f"{self.op}: params[{i}] must be floating point, got {p.dtype}")
         if not g.is_floating_point():
             raise TypeError(f"{self.op}: grads[{i}] must be floating point, got {g.dtype}")
+        if g.layout != torch.strided:
+            raise TypeError(
+                f"{self.op}: grads[{i}] must be dense, got {g.layout}; give grad.to_dense(), or an nn.Embedding sparse=False"
+            )
         named = [("grads", g), ("masters", master), ("remainders", remainder), ("averages", average)]
         for name, t in [*named, *zip(self.state_names, states)]:
             if t is not None:
@@ -195,6 +199,7 @@ def _uniform(lists: Lists) -> bool:
     return (
         all([t.shape for t in tensors] == shapes for tensors in shaped[1:])
         and all(len({t.dtype for t in tensors}) == 1 for tensors in every)
+        and {g.layout for g in lists.grads} == {torch.strided}
         and len({t.device for tensors in every for t in tensors}) == 1
         and {type(t) for tensors in every for t in tensors} <= {Tensor, torch.nn.Parameter}
         and all(p.numel() for p in lists.params)

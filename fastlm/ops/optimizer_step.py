@@ -62,6 +62,7 @@ def optimizer_op(
     fused: Callable,
     rounds_once: bool = False,
     piece: int | None = None,
+    of_codes: Callable | None = None,
 ) -> Op:
     """The Op of an optimizer step over these lists of states, which its public function calls through `run_step`.
 
@@ -72,6 +73,7 @@ def optimizer_op(
         fused: fused(weights, grads, states, numbers, *constants), in place on lists of tensors of one dtype.
         rounds_once: whether `fused` takes bf16 tensors and rounds what it computes in fp32.
         piece: elements `fused` should be given at a time on the CPU, because it passes over them several times.
+        of_codes: of_codes(states, *constants), in place: what is done to states read from 8-bit codes before the step.
     """
     written = ["params", *states, "masters", "remainders", "averages", *map(scales_name, states)]
     lists = [f"Tensor({chr(97 + i)}!)[] {n}" for i, n in enumerate(written)]
@@ -82,8 +84,8 @@ def optimizer_op(
     op = Op(
         name,
         f"({lists[0]}, Tensor[] grads, {', '.join(lists[1:])}, {numbers}, {constants}, str backend) -> ()",
-        reference=partial(_plain, by_formula(formula), None, False, None),
-        torch=partial(_plain, by_formula(formula), fused, rounds_once, piece),
+        reference=partial(_plain, by_formula(formula), None, False, None, of_codes),
+        torch=partial(_plain, by_formula(formula), fused, rounds_once, piece, of_codes),
         kernels={"triton": (f"{name.rstrip('_')}:{name}step", None)},
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
     )
@@ -186,12 +188,20 @@ def by_formula(formula: Callable) -> Callable:
     return update
 
 
-def _plain(update: Callable, fused: Callable | None, rounds_once: bool, piece: int | None, *args: Any) -> None:
+def _plain(
+    update: Callable,
+    fused: Callable | None,
+    rounds_once: bool,
+    piece: int | None,
+    of_codes: Callable | None,
+    *args: Any,
+) -> None:
     """The reference (fused=None: formula on whole tensors) and the torch form (torch's fused step on pieces)."""
     lists, numbers, constants = Lists(*args[:-2]), *args[-2:]
+    of_codes = of_codes if any(lists.scales) else None
     # torch's compiler cannot trace its fused step, but fuses the formula; and a skip must be decided on the device.
     if fused is None or torch.compiler.is_compiling() or numbers.found_inf is not None:
-        return plain_step(update, lists, numbers, constants, None, compute_dtype(lists.params[0]))
+        return plain_step(update, lists, numbers, constants, None, compute_dtype(lists.params[0]), of_codes)
     dtype, p = compute_dtype(lists.params[0]), lists.params[0]
     dtypes = {tensors[0].dtype for tensors in (lists.params, lists.grads, *lists.states) if tensors}
     if rounds_once and p.dtype == torch.bfloat16 and len(dtypes) == 1:
@@ -200,11 +210,17 @@ def _plain(update: Callable, fused: Callable | None, rounds_once: bool, piece: i
     if bare and numbers.grad_scale is None and dtypes == {dtype} and piece is None:
         return fused(lists.params, lists.grads, lists.states, numbers, *constants)
     limit = _PIECE["cuda"] if p.device.type == "cuda" else piece or _PIECE["cpu"]
-    return plain_step(fused, lists, numbers, constants, limit, dtype if bare else compute_dtype(p))
+    return plain_step(fused, lists, numbers, constants, limit, dtype if bare else compute_dtype(p), of_codes)
 
 
 def plain_step(
-    update: Callable, lists: Lists, numbers: Numbers, constants: tuple, limit: int | None, dtype: torch.dtype
+    update: Callable,
+    lists: Lists,
+    numbers: Numbers,
+    constants: tuple,
+    limit: int | None,
+    dtype: torch.dtype,
+    of_codes: Callable | None = None,
 ) -> None:
     """`update` on the weights, gradients and states in `dtype`, `limit` elements at a time (None: one tensor), and what it made
     of them rounded into the lists."""
@@ -215,6 +231,8 @@ def plain_step(
         weights = _weights(part, scratch, skip)
         grads = _grads(part.grads, numbers.grad_scale, scratch)
         states = [_state(i, *pair, scratch, skip) for i, pair in enumerate(zip(part.states, part.scales))]
+        if of_codes is not None:
+            of_codes(states, *constants)
         update(weights, grads, states, numbers, *constants)
         for a, w in zip(part.averages, weights):
             if skip is None and a.dtype == dtype:

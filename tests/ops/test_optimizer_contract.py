@@ -288,6 +288,12 @@ def test_errors(device):
     fails(TypeError, "found_inf must be a tensor of one element", options={"found_inf": 1.0})
     fails(TypeError, "found_inf must be", options={"found_inf": torch.zeros(2, device=device)})
     fails(ValueError, "masters must be equally long, got", Mode("masters"), masters=[])
+    for op in STATES:
+        lists = make(op, PLAIN, device, SHAPES)
+        for i in (0, 1):
+            sparse = [g.to_sparse() if i == k else g for k, g in enumerate(lists["grads"])]
+            message = rf"{op}: grads\[{i}\] must be dense, got torch.sparse_coo; give grad.to_dense\(\)"
+            fails(TypeError, message, PLAIN, op, **lists | {"grads": sparse})
     fails(ValueError, r"lion_: exp_avg_scales\[0\]", codes, "lion_", exp_avg_scales=f32)
     fails(ValueError, r"sgd_: momentum_buffer_scales\[0\]", codes, "sgd_", momentum_buffer_scales=f32)
 
