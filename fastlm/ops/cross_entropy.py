@@ -65,18 +65,21 @@ def without_bad_rows(input, target, ignore_index):
 def _mean_at_once(input, target, ignore_index, label_smoothing):
     """The mean by torch's own function in as few calls as it takes; None where there is more to it: bad arguments, a target
     out of range, no row that counts, ignored rows that would spoil a gradient. input: a plain CPU tensor."""
-    if target.dtype is not torch.int64:
+    if target.dtype is not torch.int64 or not 0 <= label_smoothing <= 1:
         return None
     if target.ndim != 1:
-        if target.shape != input.shape[:-1]:
+        if not input.ndim or not input.shape[-1] or target.shape != input.shape[:-1]:
             return None
         input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     elif input.ndim != 2:
         return None
     dtype = input.dtype
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        if not input.is_floating_point():
+            return None
+        input = input.float()
     try:
-        x = input if dtype is torch.float32 or dtype is torch.float64 else input.float()
-        loss = cross_entropy_loss(x, target, None, MEAN, ignore_index, label_smoothing)
+        loss = cross_entropy_loss(input, target, None, MEAN, ignore_index, label_smoothing)
     except (IndexError, RuntimeError, TypeError, ValueError):  # there is a better message
         return None
     if loss.requires_grad:
@@ -239,6 +242,7 @@ def cross_entropy(
         if loss is not None:
             return loss
     _check(input, target, weight, reduction, label_smoothing, scale, softcap, z_loss, token_weight, denominator)
+    checks.check_ignore_index("cross_entropy", ignore_index)
     backend = OP.choose(backend, input, target, weight)
     number = None if softcap is None else float(softcap)
     args = input, target, weight, ignore_index, float(label_smoothing), float(z_loss), float(scale), number

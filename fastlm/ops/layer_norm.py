@@ -48,9 +48,9 @@ def layer_norm(
         also what gets normalised. Sums are taken in fp32. Under autocast dtypes are kept.
 
     Raises:
-        ValueError: shapes that do not fit, dropout_p outside [0, 1) or with a DTensor, a bad seed, an unknown casting, an
-        unknown or unsupported backend. TypeError: x, weight, bias or residual is not floating point, dropout_p is no number,
-        seed is neither int nor tensor.
+        ValueError: shapes or devices that do not fit, dropout_p outside [0, 1) or with a DTensor, a bad seed, an unknown
+        casting, an unknown or unsupported backend. TypeError: x, weight, bias or residual is not floating point, dropout_p is
+        no number, seed is neither int nor tensor.
 
     Backends: triton on compute capability >= 8.0, N <= 262144, fewer than 2^31 rows.
     Paper: Ba, Kiros and Hinton 2016, arXiv:1607.06450.

@@ -163,8 +163,8 @@ def lora_linear(
     or backward. LoRA's dropout, which falls on the x of x a^T alone, is not part of the op: it needs a second x.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown or unsupported backend. TypeError: a tensor is not floating point
-        (a quantized weight must be dequantized first).
+        ValueError: shapes or devices that do not fit, an unknown or unsupported backend. TypeError: a tensor is not floating
+        point (a quantized weight must be dequantized first).
 
     Backends: triton on compute capability >= 8.0 (one product over [x | x a^T] and [weight | b]), torch (two, the second added in
     place), reference. `auto` takes triton only where it was measured to be faster. Paper: Hu et al. 2021, arXiv:2106.09685.
@@ -209,5 +209,9 @@ def _check(x, weight, a, b, bias):
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"lora_linear: bias must be [{weight.shape[0]}] like weight's rows, got {list(bias.shape)}")
     for name, t in (("x", x), ("weight", weight), ("a", a), ("b", b), ("bias", bias)):
-        if t is not None and not t.is_floating_point():
+        if t is None:
+            continue
+        if not t.is_floating_point():
             raise TypeError(f"lora_linear: {name} must be floating point, got {t.dtype}")
+        if t.device != x.device:  # torch's products take no notice of a meta tensor
+            raise ValueError(f"lora_linear: {name} must be on x's device {x.device}, got {t.device}")

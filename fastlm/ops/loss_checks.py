@@ -42,6 +42,12 @@ def check_logits(op: str, scale: float, softcap: float | None, logits_bytes: int
         raise ValueError(f"{op}: logits_bytes must be > 0 or None, got {logits_bytes}")
 
 
+def check_ignore_index(op: str, ignore_index: int) -> None:
+    """A number that a target can be."""
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{op}: ignore_index must be a 64-bit integer like the targets, got {ignore_index}")
+
+
 def check_constant(op: str, what: str, t: Tensor | None, shape) -> None:
     """A floating point tensor of this shape, or None, which gets no gradient."""
     if t is None:

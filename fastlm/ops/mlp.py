@@ -337,21 +337,25 @@ def _check(op, x, layers, down_weight, down_bias, width):
     """`layers`: (name, weight, bias) of the first matrices, each of which takes x."""
     if x.ndim == 0:
         raise ValueError(f"{op}: x must be [..., D], got a single number")
-    columns = x.shape[-1]
+    columns, device = x.shape[-1], x.device
     for name, weight, bias in layers:
-        _check_linear(op, name, weight, bias, columns, "x's last dimension")
-    _check_linear(op, "down", down_weight, down_bias, width, f"{layers[0][0]}_weight's rows")
+        _check_linear(op, name, weight, bias, columns, "x's last dimension", device)
+    _check_linear(op, "down", down_weight, down_bias, width, f"{layers[0][0]}_weight's rows", device)
 
 
-def _check_linear(op, name, weight, bias, columns, like):
+def _check_linear(op, name, weight, bias, columns, like, device):
     shape = weight.shape
     if len(shape) != 2 or shape[1] != columns:
         raise ValueError(f"{op}: {name}_weight must be [., {columns}] like {like}, got {list(shape)}")
     if not weight.is_floating_point():
         raise TypeError(f"{op}: {name}_weight must be floating point, got {weight.dtype}")
+    if weight.device != device:  # torch's products take no notice of a meta tensor
+        raise ValueError(f"{op}: {name}_weight must be on x's device {device}, got {weight.device}")
     if bias is None:
         return
     if bias.shape != shape[:1]:
         raise ValueError(f"{op}: {name}_bias must be [{shape[0]}] like {name}_weight's rows, got {list(bias.shape)}")
     if not bias.is_floating_point():
         raise TypeError(f"{op}: {name}_bias must be floating point, got {bias.dtype}")
+    if bias.device != device:
+        raise ValueError(f"{op}: {name}_bias must be on x's device {device}, got {bias.device}")

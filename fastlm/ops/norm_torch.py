@@ -80,7 +80,9 @@ def plain_rms_norm(x, weight, eps):
     """RMSNorm of a plain CPU tensor as rms_norm_torch computes it, its checks included, in as few calls as it takes; None where
     there is more to it: another dtype of the weight, none at all, nothing in x, so much in 16 bits that it goes by blocks."""
     dtype = x.dtype
-    if weight is None or weight.dtype is not dtype or dtype not in _NARROW or weight.shape != x.shape[-1:]:
+    if weight is None or weight.dtype is not dtype or dtype not in _NARROW or not weight.is_cpu:
+        return None
+    if weight.shape != x.shape[-1:] or not x.ndim:
         return None
     if not 0 < x.numel() <= _BLOCK and (_NARROW[dtype] or not x.numel()):
         return None
@@ -172,8 +174,8 @@ def _rms_values(x, weight, bias, eps, weight_offset, rounding):
     if not step:
         y, rstd = _rms_block(x, *options)
         return y if wide is x.dtype else y.to(x.dtype), rstd
-    y = torch.empty(x.shape, dtype=x.dtype)
-    rstd = torch.empty((*x.shape[:-1], 1), dtype=wide)
+    y = x.new_empty(x.shape)
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=wide)
     n = x.shape[-1]
     for part, y_part, r_part in zip(*(t.split(step) for t in (x.reshape(-1, n), y.view(-1, n), rstd.view(-1, 1)))):
         out, r = _rms_block(part, *options)
@@ -219,7 +221,7 @@ class _RMS(torch.autograd.Function):
             found, dweight, dbias = _rms_gradients(x.to(wide), dy.to(wide), rstd, scale, need_dweight, need_dbias)
             dx = found.to(x.dtype)
         else:
-            dx, sums = torch.empty(x.shape, dtype=x.dtype), torch.zeros((2, n), dtype=wide)
+            dx, sums = x.new_empty(x.shape), x.new_zeros((2, n), dtype=wide)
             for part, d, r, out in zip(*(t.split(step) for t in (x, dy, rstd, dx))):
                 found, *parts = _rms_gradients(part.to(wide), d.to(wide), r, scale, need_dweight, need_dbias)
                 out.copy_(found)
@@ -285,7 +287,7 @@ def _layer16(x, weight, bias, eps):
     if trained and x.numel() > _FEW and _may_block(x):
         return _Layer16.apply(x, weight, bias, eps)
     if weight is None and bias is None:
-        weight = torch.ones(x.shape[-1])  # an fp32 parameter keeps the statistics in fp32
+        weight = x.new_ones(x.shape[-1], dtype=torch.float32)  # an fp32 parameter keeps the statistics in fp32
     weight, bias = _float(weight), _float(bias)
     if trained:
         return _NARROW[x.dtype](torch.layer_norm(x.float(), x.shape[-1:], weight, bias, eps))
@@ -337,7 +339,7 @@ def _layer_sums(backward, dy, x, mean, rstd, weight, bias, need):
     n = x.shape[-1]
     rows, dys = (t if t.ndim == 2 else t.reshape(-1, n) for t in (x, dy))
     step = min(max(1, len(rows) // 4), max(1, _BLOCK * torch.get_num_threads() // n))
-    scratch, mask, sums = torch.empty((2, step, n)), (False, *need[1:]), []
+    scratch, mask, sums = x.new_empty((2, step, n), dtype=torch.float32), (False, *need[1:]), []
     wide_d, wide_x = scratch.unbind()
     for part, d, m, r in zip(rows.split(step), dys.split(step), mean.view(-1).split(step), rstd.view(-1).split(step)):
         if len(part) < step:

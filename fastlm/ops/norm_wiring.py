@@ -188,7 +188,7 @@ def _shard_backward(centred, dy, dresidual_out, x, weight, bias, mean, rstd, see
 
 def check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
     """Raises what the contracts of the norms say about tensors."""
-    shape = x.shape
+    shape, device = x.shape, x.device
     if not x.is_floating_point():
         raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
     if len(shape) == 0:
@@ -199,6 +199,9 @@ def check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, residu
         _refuse(op, "bias", bias, f"be [{shape[-1]}] like x's last dimension")
     if residual is not None and (residual.shape != shape or not residual.is_floating_point()):
         _refuse(op, "residual", residual, f"have x's shape {list(shape)}")
+    for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if t is not None and t.device != device:
+            raise ValueError(f"{op}: {name} must be on x's device {device}, got {t.device}")
 
 
 def _refuse(op: str, name: str, t: Tensor, expected: str) -> None:

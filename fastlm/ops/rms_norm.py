@@ -49,9 +49,9 @@ def rms_norm(
         also what gets normalised. Sums are taken in fp32. Under autocast dtypes are kept.
 
     Raises:
-        ValueError: shapes that do not fit, dropout_p outside [0, 1) or with a DTensor, a bad seed, an unknown casting, an
-        unknown or unsupported backend. TypeError: x, weight, bias or residual is not floating point, dropout_p is no number,
-        seed is neither int nor tensor.
+        ValueError: shapes or devices that do not fit, dropout_p outside [0, 1) or with a DTensor, a bad seed, an unknown
+        casting, an unknown or unsupported backend. TypeError: x, weight, bias or residual is not floating point, dropout_p is
+        no number, seed is neither int nor tensor.
 
     Backends: triton on compute capability >= 8.0, N <= 262144, fewer than 2^31 rows. cuda: likewise but any N; forward only
         (nothing may require a gradient), weight, bias and residual in x's dtype or fp32; not chosen by "auto".

@@ -103,6 +103,12 @@ def _as_complex(x):
     return torch.view_as_complex(pairs)
 
 
+def _marked(ctx, q, k):
+    """The outputs of an autograd.Function of (q, k, ...), each of which requires a gradient only where its own input does."""
+    ctx.mark_non_differentiable(*(t for t, needed in zip((q, k), ctx.needs_input_grad) if not needed))
+    return q, k
+
+
 class _Rotate(torch.autograd.Function):
     """The torch form with its own backward: the same rotation by minus the angle."""
 
@@ -110,7 +116,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, interleaved):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _rotated_fast(q, cos, sin, interleaved), _rotated_fast(k, cos, sin, interleaved)
+        return _marked(ctx, _rotated_fast(q, cos, sin, interleaved), _rotated_fast(k, cos, sin, interleaved))
 
     @staticmethod
     def backward(ctx, dq, dk):
@@ -131,6 +137,8 @@ def _torch(q, k, cos, sin, interleaved, positions=None, offset=0, starts=None, c
         if differentiable:
             return _Rotate.apply(q, k, cos, sin, interleaved)
         return _rotated_fast(q, cos, sin, interleaved), _rotated_fast(k, cos, sin, interleaved)
+    if differentiable and not (q.requires_grad and k.requires_grad):
+        return _rotated_few(q, cos, sin, interleaved), _rotated_few(k, cos, sin, interleaved)
     both = _rotated_few(torch.cat((q, k), 2), cos, sin, interleaved)
     heads = q.shape[2], k.shape[2]
     # Autograd lets nobody write into one view of several.
@@ -169,7 +177,7 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, positions, interleaved, offset, starts, cu_seqlens, backend):
         ctx.save_for_backward(cos, sin, positions, starts, cu_seqlens)
         ctx.options = interleaved, offset, backend
-        return OP.below(q, k, cos, sin, positions, interleaved, offset, starts, cu_seqlens, backend)
+        return _marked(ctx, *OP.below(q, k, cos, sin, positions, interleaved, offset, starts, cu_seqlens, backend))
 
     @staticmethod
     def backward(ctx, dq, dk):

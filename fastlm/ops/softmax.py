@@ -73,7 +73,7 @@ def _values(x, mask, scale):
     added = mask
     if mask is not None and mask.dtype == torch.bool and 4 * mask.numel() <= x.numel():
         # An addition costs a tenth of a masked_fill. It leaves NaN and inf of what is hidden, which are seen to below.
-        added = torch.zeros(mask.shape, dtype=wide).masked_fill_(~mask, float("-inf"))
+        added = x.new_zeros(mask.shape, dtype=wide).masked_fill_(~mask, float("-inf"))
     elif mask is not None and mask.dtype != torch.bool:
         added = mask.to(wide)
     if wide == x.dtype:
@@ -81,7 +81,7 @@ def _values(x, mask, scale):
     if x.numel() <= _BLOCK:
         y = _block_values(x, added, scale, wide, mask)
         return y.bfloat16() if x.dtype is torch.bfloat16 else y.to(x.dtype)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     wholes = (t if t is None else t.expand(x.shape) for t in (added, mask))
     for part, m, hidden, out in _blocks(x, *wholes, y):
         out.copy_(_block_values(part, m, scale, wide, hidden))
@@ -202,6 +202,8 @@ def _check(x, dim, mask):
     shape = list(x.shape)
     if mask.ndim > x.ndim or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(shape))):
         raise ValueError(f"softmax: mask must broadcast to x {shape}, got {list(mask.shape)}")
+    if mask.device != x.device:
+        raise ValueError(f"softmax: mask must be on x's device {x.device}, got {mask.device}")
     if mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("softmax: mask gets no gradient; pass mask.detach(), or add it to x for one that is learnt")
 
@@ -231,8 +233,8 @@ def softmax(
         zero gradients. Under autocast x's dtype is kept.
 
     Raises:
-        ValueError: dim outside x, a mask that does not broadcast to x or that requires a gradient, an unknown or unsupported
-        backend. TypeError: x is not floating point, mask is neither boolean nor floating point.
+        ValueError: dim outside x, a mask that does not broadcast to x, lies elsewhere or requires a gradient, an unknown or
+        unsupported backend. TypeError: x is not floating point, mask is neither boolean nor floating point.
 
     Backends: triton on compute capability >= 8.0, fewer than 2^31 rows of at most 262144; cuda likewise, rows of any width,
     no mask, not chosen by "auto". Paper: Milakov and Gimelshein 2018, arXiv:1805.02867.
