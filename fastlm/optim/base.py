@@ -6,6 +6,7 @@ A subclass names its states in `MOMENTS` and calls its op in `_update`; everythi
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,15 +27,21 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         precision      what becomes of a 16-bit parameter's update, computed in fp32. fp32 parameters do not ask.
                        "nearest": rounded to nearest, as in torch.  "stochastic": bf16, rounded up or down with the probability
-                       that makes the mean right; `seed` (an int, the same on every process) chooses the random numbers.
+                       that makes the mean right.
                        "remainder": bf16, and the 16 bits cut off kept in an int16 state: exactly the fp32 weight.
                        "master": an fp32 copy of the weight as a state.
         state_bits     None: moments in the parameter's dtype as in torch, but fp32 in the other three precisions (in bf16 a
                        second moment with beta2 = 0.999 stands still).  32: fp32.  8: 8-bit codes with an fp32 scale for each 256
                        elements, rounded at random (`seed`), as bf16 parameters without a master then are too; parameters of
-                       fewer than 4096 elements, and ones with gaps in memory, keep fp32.
+                       fewer than 4096 elements, and ones that are not contiguous, keep fp32. torch's optimizers cannot read
+                       such a state dict; an optimizer of this library without state_bits=8 can.
+        seed           an int, the same on every process. The random numbers of a parameter depend on it, on the parameter's place
+                       among all of the optimizer's, on its step and on the element, and so are the same after a resume.
         average_decay  d: keep a moving average a <- d * a + (1 - d) * p of the weights in fp32, written by the same launch;
                        see `averages()`. None: no average.
+
+    Options may change between steps, as in torch: states are converted, added or dropped at the next step. Frozen parameters,
+    whatever their dtype and shape, are taken and left alone; they are checked when they first have a gradient.
 
     Args:
         max_norm: gradients whose global norm, over all parameters of this optimizer (whole tensors under FSDP2), is larger are
@@ -63,7 +70,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.max_norm, self.skip_nonfinite = max_norm, skip_nonfinite
         self.grad_norm: Tensor | None = None
         self.skipped = torch.zeros((), dtype=torch.int64)
-        self._prepared: set[Tensor] = set()  # parameters whose state is complete
+        self._prepared: dict[Tensor, tuple] = {}  # parameters whose state is complete -> for which options
         self._averaging = False
         self._loading: dict[str, Any] | None = None
         super().__init__(params, defaults)
@@ -94,7 +101,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Args:
             step: the number of this step, from 1; a 0-d device tensor where the host does not know how many were skipped.
             common: the keyword arguments that every optimizer op takes: grad_scale, found_inf, masters, remainders, seed,
-                averages, average_decay and <moment>_scales, those that are needed.
+                streams, averages, average_decay and <moment>_scales, those that are needed.
         """
         raise NotImplementedError
 
@@ -124,6 +131,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
+            self.grad_norm = None
             return loss
         self._check_gradients(grads)
         scale, found_inf = self._survey(grads, grad_scale)
@@ -134,12 +142,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if found_inf.item():
                     return loss
                 found_inf = None
-        launch = 0
-        for group in self.param_groups:
-            for params, step in self._counted(group, found_inf):
-                for same in self._alike(group, params):
-                    self._launch(group, same, step, scale, found_inf, launch)
-                    launch += 1
+        streams = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        for group, params, step in self._counted(found_inf):
+            for same in self._alike(group, params):
+                self._launch(group, same, step, scale, found_inf, streams)
         return loss
 
     @property
@@ -181,39 +187,53 @@ class FusedOptimizer(torch.optim.Optimizer):
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
         return scale, found_inf
 
-    def _counted(self, group: dict[str, Any], found_inf: Tensor | None) -> Iterator[tuple[list[Tensor], int | Tensor]]:
-        """The group's parameters with a gradient, gathered by the steps they have made, and the number of this step.
-
-        Parameters that always step together share one step tensor: counting is one addition for all of them. It lives on the
-        host, as in torch, unless only the device knows whether a step is made.
-        """
-        together: dict[int, list[Tensor]] = {}
-        idle: set[int] = set()
+    def _prepare(self, group: dict[str, Any]) -> None:
+        """Completes the states of parameters with a gradient that are new, or whose group's options have changed."""
+        options = (self._moments(group), *map(group.get, storage.STORED), group.get("average_decay") is None)
+        changed = [p for p in group["params"] if p.grad is not None and self._prepared.get(p) != options]
+        changed += [p for p in group["params"] if p.grad is not None and p in self._prepared and not self.state.get(p)]
+        if not changed:
+            return
+        self._validate(group)
         new: dict[torch.device, Tensor] = {}
-        for p in group["params"]:
-            state = self.state[p] if p.grad is not None else self.state.get(p, {})
-            if p.grad is None:
-                if "step" in state:
-                    idle.add(id(state["step"]))
-                continue
-            if not state or p not in self._prepared:
-                if "step" not in state:
-                    state["step"] = new.setdefault(p.device, torch.zeros(()))
-                storage.complete(self, p, group, state)
-                self._prepared.add(p)
-            together.setdefault(id(state["step"]), []).append(p)
-        for key, params in together.items():
-            step = self.state[params[0]]["step"]
-            moves = found_inf is not None and step.device.type == "cpu"
-            if moves or key in idle:
-                step = step.to(params[0].device) if moves else step.clone()
-                for p in params:
-                    self.state[p]["step"] = step
-            if found_inf is None:
-                step += 1
-            else:
-                step += found_inf.to(step.device) == 0
-            yield params, int(step) if found_inf is None and step.device.type == "cpu" else step
+        for p in changed:
+            state = self.state[p]
+            if "step" not in state or any(name not in state for name in self._moments(group)):
+                state["step"] = new.setdefault(p.device, torch.zeros(()))  # new moments begin with a first step
+            storage.fit(self, p, group, state)
+            storage.complete(self, p, group, state)
+            self._prepared[p] = options
+
+    def _counted(self, found_inf: Tensor | None) -> Iterator[tuple[dict[str, Any], list[Tensor], int | Tensor]]:
+        """Each group with its parameters with a gradient, gathered by the steps they have made, and the number of this step.
+
+        Parameters of a group that always step together share one step tensor: counting is one addition for all of them. It
+        lives on the host, as in torch, unless only the device knows whether a step is made.
+        """
+        sharing: dict[int, dict[tuple, list[Tensor]]] = {}
+        for number, group in enumerate(self.param_groups):
+            self._prepare(group)
+            for p in group["params"]:
+                step = self.state[p].get("step") if p.grad is not None else self.state.get(p, {}).get("step")
+                if step is not None:
+                    key = (number, p.grad is not None, p.device)
+                    sharing.setdefault(id(step), {}).setdefault(key, []).append(p)
+        for parts in sharing.values():
+            for (number, moves, device), params in parts.items():
+                if not moves:
+                    continue
+                step = self.state[params[0]]["step"]
+                to_device = found_inf is not None and step.device.type == "cpu" != device.type
+                if to_device or len(parts) > 1:  # the others count for themselves
+                    step = step.to(device) if to_device else step.clone()
+                    for p in params:
+                        self.state[p]["step"] = step
+                if found_inf is None:
+                    step += 1
+                else:
+                    step += found_inf.to(step.device) == 0
+                known = found_inf is None and step.device.type == "cpu"
+                yield self.param_groups[number], params, int(step) if known else step
 
     def _alike(self, group: dict[str, Any], params: list[Tensor]) -> list[list[Tensor]]:
         """The parameters, split into lists of one dtype and device whose states are of the same kinds."""
@@ -231,7 +251,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         step: int | Tensor,
         scale: Any,
         found_inf: Tensor | None,
-        launch: int,
+        streams: dict[Tensor, int],
     ) -> None:
         states = [self.state[p] for p in params]
         kinds, device = states[0], params[0].device
@@ -250,7 +270,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 common[f"{name}_scales"] = [storage.own_scales(p, s[f"{name}_scale"]) for p, s in zip(params, states)]
         stochastic = group.get("precision") == "stochastic" and params[0].dtype == torch.bfloat16
         if stochastic or any(name.endswith("_scales") for name in common):
-            common["seed"] = storage.step_seed(group["seed"] + launch, step, device)
+            common["seed"], common["streams"] = group["seed"], [streams[p] for p in params]
         self._update(group, params, [p.grad for p in params], states, step, common)
 
     # --- averages -------------------------------------------------------------------------------------------------
@@ -287,17 +307,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim. Raises UserError for hyperparameters out of range and parameters that are not real numbers."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            for name in ("lr", "weight_decay", "eps"):
-                value = group.get(name, 0.0)
-                if not isinstance(value, Tensor) and not (value >= 0 and math.isfinite(value)):
-                    raise UserError(f"{self._name}: {name} must be a finite number >= 0, got {value}")
-            storage.check_group(self._name, group)
-            self._check_group(group)
-        except UserError:
+            self._validate(self.param_groups[-1])
+        except BaseException:
             self.param_groups.pop()
             raise
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "weight_decay", "eps"):
+            value = group.get(name, 0.0)
+            good = isinstance(value, numbers.Real) and value >= 0 and math.isfinite(value)
+            if not good and not isinstance(value, Tensor):
+                raise UserError(f"{self._name}: {name} must be a finite number >= 0, got {value!r}")
+        storage.check_group(self._name, group)
+        self._check_group(group)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim, each parameter with a `step` of its own, on the host: the number of steps really made."""
@@ -308,12 +331,18 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state dict of this class, or of torch's optimizer of the same name.
 
-        Hyperparameters come from the state dict, precision, state_bits and average_decay stay those of this optimizer: moments
-        are converted, and masters and averages that the state dict lacks are made from the weights at the next step.
+        Hyperparameters come from the state dict, precision, state_bits, average_decay and seed stay those of this optimizer:
+        moments are converted, and masters and averages that the state dict lacks are made from the weights at the next step.
+        A master becomes a remainder, and the reverse, at the next step too, exactly.
 
         Raises:
-            UserError: the state dict asks for what this optimizer does not do. ValueError: other parameters (torch's message).
+            UserError: the state dict asks for what this optimizer does not do, or lacks a moment of a parameter that has made
+                steps; a call inside `averages()`. ValueError: other parameters (torch's message). Nothing has changed then.
         """
+        if self._averaging:
+            raise UserError(
+                f"{self._name}: load_state_dict() inside averages() would mix two runs' weights; leave the block first"
+            )
 
         def keep(_: Any, final: dict[str, Any]) -> None:
             self._loading = final  # torch is about to cast every state to its parameter's dtype
@@ -336,12 +365,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_loaded(state["param_groups"])
             storage.restore(self, state, before, self._loading)
         super().__setstate__(state)
-        self._prepared, self._averaging, self._loading = set(), False, None
+        self._prepared, self._averaging, self._loading = {}, False, None
         storage.share_steps(self)
 
 
 def check_betas(name: str, group: dict[str, Any]) -> None:
     """Raises UserError unless the group's betas are two numbers in [0, 1)."""
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"{name}: betas must be two numbers in [0, 1), got {betas}")
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not pair or not all(isinstance(beta, (numbers.Real, Tensor)) and 0 <= beta < 1 for beta in betas):
+        raise UserError(f"{name}: betas must be two numbers in [0, 1), got {betas!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,12 +14,22 @@ from fastlm import ops
 from fastlm.errors import UserError
 from fastlm.ops.newton_schulz import QUINTIC
 from fastlm.optim.base import FusedOptimizer, check_betas
+from fastlm.optim.state import checked
 
 # What groups with use_muon=False take where they say nothing, as in Keller Jordan's MuonWithAuxAdam.
 _AUXILIARY = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 _ADJUSTMENTS = (None, "original", "match_rms_adamw")
+_POSITIONS = {"position", "positions", "positional"}  # parts of names between dots and underscores
 _STACK = 1 << 27  # elements of same-shape matrices orthogonalised together; the iteration holds a few times as many
-_HEADS = ("head", "lm_head", "output", "embed_out", "unembedding")  # last part of a module's name
+_HEADS = (
+    "head",
+    "lm_head",
+    "output",
+    "embed_out",
+    "unembedding",
+    "score",
+    "classifier",
+)  # last part of a module's name
 
 
 class Muon(FusedOptimizer):
@@ -78,7 +89,7 @@ class Muon(FusedOptimizer):
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
-            "use_muon": True, "flatten": False, "sections": None, "betas": _AUXILIARY["betas"],
+            "use_muon": True, "flatten": False, "sections": None,  # betas not: schedulers would cycle them, not momentum
             "precision": precision, "state_bits": None, "average_decay": average_decay, "seed": seed,
         }  # fmt: skip
         self.ns_dtype = ns_dtype
@@ -109,7 +120,7 @@ class Muon(FusedOptimizer):
             raise UserError(
                 "Muon: state_bits=8 is for groups with use_muon=False; the momentum is orthogonalised as it is"
             )
-        for p in group["params"]:
+        for p in checked(group):
             if p.ndim < 2 or (p.ndim > 3 and not group["flatten"]):
                 raise UserError(
                     f"Muon: a parameter must be a matrix [M, N] or a batch of them [E, M, N], got {list(p.shape)}; put vectors "
@@ -131,7 +142,7 @@ class Muon(FusedOptimizer):
             ops.adamw_(params, grads, *moments, beta1=beta1, beta2=beta2, step=step, **hyper, **common)
             return
         scale, buffers = common.pop("grad_scale", None), [s["momentum_buffer"] for s in states]
-        for number, indices in enumerate(_stacks(params, group["flatten"])):
+        for indices in _stacks(params, group["flatten"]):
             chosen = [params[i] for i in indices]
             directions = self._directions(
                 group,
@@ -146,9 +157,6 @@ class Muon(FusedOptimizer):
                 continue
             ratio = 1.0 if group["sections"] else _ratio(group, chosen[0].shape)
             mine = {k: [v[i] for i in indices] if isinstance(v, list) else v for k, v in common.items()}
-            if "seed" in mine:  # other random numbers for every stack
-                mine["seed"] = mine["seed"].clone()
-                mine["seed"][0] += number << 32
             ops.sgd_(
                 chosen,
                 [_like(p, u) for p, u in zip(chosen, updates)],
@@ -281,9 +289,10 @@ def muon_groups(
     """Parameter groups for `Muon`: it takes the hidden matrices, AdamW the rest.
 
     Hidden are parameters [M, N] and [E, M, N] but for embeddings (weights of nn.Embedding, and parameters or modules with
-    "embed" or "position" in their name), the output head (a module named head, lm_head, output, embed_out or unembedding, and
-    whatever shares its weight with an embedding) and those named in `not_hidden`. Everything else - norms, biases, gates
-    of fewer dimensions, convolutions - is AdamW's, those of one dimension without weight decay.
+    "embed" or the word "position" in their name), the output head (a module named head, lm_head, output, embed_out,
+    unembedding, score or classifier, and whatever shares its weight with an embedding) and those named in `not_hidden`.
+    Everything else - norms, biases, gates of fewer dimensions, convolutions - is AdamW's, those of one dimension without
+    weight decay.
 
     Args:
         model: its trainable parameters are divided; frozen ones are left out, a tied one comes once.
@@ -296,7 +305,7 @@ def muon_groups(
         Three groups, and one more for each of `sections`, with use_muon and hyperparameters set; empty ones are dropped.
     """
     outside = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    words = ("embed", "position", *not_hidden)
+    words = ("embed", *not_hidden)
     sections = sections or {}
     muon: dict[str | None, list[Tensor]] = {None: [], **{part: [] for part in sections}}
     matrices, vectors = [], []
@@ -304,7 +313,8 @@ def muon_groups(
         module = name.rsplit(".", 2)[-2] if "." in name else ""
         if not p.requires_grad:
             continue
-        if p.ndim in (2, 3) and p not in outside and module not in _HEADS and not any(w in name for w in words):
+        apart = module in _HEADS or any(w in name for w in words) or not _POSITIONS.isdisjoint(re.split(r"[._]", name))
+        if p.ndim in (2, 3) and p not in outside and not apart:
             muon[next((part for part in sections if part in name), None)].append(p)
         else:
             (matrices if p.ndim >= 2 else vectors).append(p)

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from fastlm.errors import UserError
 from fastlm.ops.block_quantize import BLOCK, block_dequantize, block_quantize
+from fastlm.ops.master_weights import join_master, split_master
 
 PRECISIONS = ("nearest", "stochastic", "remainder", "master")
-KEPT = ("precision", "state_bits", "average_decay")  # options that a state dict does not change
+STORED = ("precision", "state_bits")  # options that decide how a parameter's states are stored
+KEPT = (*STORED, "average_decay", "seed")  # options that a state dict does not change
 SMALLEST_8_BIT = 4096  # elements: below, the codes would save nothing worth having and norms are sensitive
 _CODES = (torch.int8, torch.uint8)  # of the first moment, which has a sign, and of the second
 _HALF = (torch.bfloat16, torch.float16)
@@ -20,18 +22,25 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def check_group(name: str, group: dict[str, Any]) -> None:
     """Raises UserError for storage options that are unknown or do not fit the group's parameters."""
-    precision, bits, decay = (group.get(option) for option in KEPT)
+    precision, bits, decay = (group.get(option) for option in KEPT[:3])
     if precision is not None and precision not in PRECISIONS:
         raise UserError(f"{name}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if bits not in (None, 8, 32):
         raise UserError(f"{name}: state_bits must be None, 32 or 8, got {bits!r}")
+    if not isinstance(group.get("seed", 0), int):
+        raise UserError(f"{name}: seed must be an int, got {group['seed']!r}")
     if decay is not None and not 0 <= decay < 1:
         raise UserError(f"{name}: average_decay must be in [0, 1) or None, got {decay}")
-    for p in group["params"]:
+    for p in checked(group):
         if not p.is_floating_point():
             raise UserError(f"{name}: parameters must be real floating point, got {p.dtype}")
         if p.dtype == torch.float16 and precision in ("stochastic", "remainder"):
             raise UserError(f"{name}: precision {precision!r} is for bfloat16 parameters, got float16; use 'master'")
+
+
+def checked(group: dict[str, Any]) -> list[Tensor]:
+    """The group's parameters that must be such as the optimizer can train; frozen ones may be anything."""
+    return [p for p in group["params"] if p.requires_grad or p.grad is not None]
 
 
 def moment_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
@@ -55,14 +64,56 @@ def complete(optimizer: Any, p: Tensor, group: dict[str, Any], state: dict[str, 
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
         if codes and f"{name}_scale" not in state:
             state[f"{name}_scale"] = _scale_of(p, torch.zeros(blocks_of(_local(p).numel()), device=p.device))
-    precision = group.get("precision")
-    if precision == "master" and p.dtype in _HALF and "master" not in state:
-        state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
-    if precision == "remainder" and p.dtype == torch.bfloat16 and "remainder" not in state:
-        state["remainder"] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+    _complete_master(p, group.get("precision"), state)
     if group.get("average_decay") is not None and "average" not in state:
         dtype = torch.promote_types(p.dtype, torch.float32)
         state["average"] = p.detach().to(dtype, memory_format=torch.preserve_format, copy=True)
+
+
+def _complete_master(p: Tensor, precision: str | None, state: dict[str, Tensor]) -> None:
+    """Adds a master or remainder, from the other one if the state has that: then it, not p, says what the weight is."""
+    if precision == "master" and p.dtype in _HALF and "master" not in state:
+        if "remainder" in state and p.dtype == torch.bfloat16:
+            state["master"] = _like(p, join_master(_local(p.detach()), _local(state["remainder"])))
+        else:
+            state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+    if precision == "remainder" and p.dtype == torch.bfloat16 and "remainder" not in state:
+        state["remainder"] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+        if "master" in state:
+            # Ties are rounded otherwise than a master's weight is: p changes there.
+            own, remainder = split_master(_local(state["master"]))
+            _local(p.detach()).copy_(own)
+            _local(state["remainder"]).copy_(remainder)
+    for name in {"master", "remainder"} - {precision}:
+        state.pop(name, None)
+
+
+def fit(optimizer: Any, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    """Converts a parameter's states, in place in the dict, to what its group asks for, and drops what it does not want.
+
+    A master where a remainder is wanted, and the reverse, wait for `complete`: the weights may not have been loaded yet.
+    """
+    codes = in_codes(p, group)
+    for place, name in enumerate(optimizer._moments(group)):
+        scale, value = state.get(f"{name}_scale"), state.get(name)
+        if value is not None and ((scale is not None) != codes or not (codes or value.dtype == moment_dtype(p, group))):
+            state.pop(f"{name}_scale", None)
+            state.update(_converted(p, group, name, place, value, scale))
+    if group.get("precision") not in ("master", "remainder") or p.dtype not in _HALF:
+        state.pop("master", None)
+        state.pop("remainder", None)
+    if group.get("average_decay") is None:
+        state.pop("average", None)
+
+
+def _converted(p, group, name: str, place: int, value: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
+    """A moment, in 8-bit codes if it has a scale, as the group keeps it."""
+    if scale is not None:
+        value = _like(p, block_dequantize(_local(value), own_scales(p, scale)))
+    if not in_codes(p, group):
+        return {name: value.to(moment_dtype(p, group))}
+    coded, own = block_quantize(_local(value).float().contiguous(), _CODES[place] == torch.int8)
+    return {name: _like(p, coded), f"{name}_scale": _scale_of(p, own)}
 
 
 def blocks_of(elements: int) -> int:
@@ -108,21 +159,12 @@ def _like(p: Tensor, own: Tensor) -> Tensor:
     return DTensor.from_local(own, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
-def step_seed(seed: int, step: int | Tensor, device: torch.device) -> Tensor:
-    """int64 [2] (seed, step) on the device: other random numbers at every step, the same after a resume. No host sync."""
-    found = torch.full((2,), seed, dtype=torch.int64, device=device)
-    if isinstance(step, Tensor):
-        found[1].copy_(step)
-    else:
-        found[1].fill_(step)
-    return found
-
-
 def saved(state: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state as a state dict holds it."""
     found = dict(state)
     if isinstance(state.get("step"), Tensor):
-        found["step"] = state["step"].detach().cpu().clone()
+        step = state["step"].detach().clone()
+        found["step"] = step if step.is_meta else step.cpu()
     if _is_divided(state.get("remainder")):
         found["remainder"] = state["remainder"].to(torch.int32)  # neither NCCL nor gloo gathers int16
     return found
@@ -137,49 +179,44 @@ def restore(optimizer: Any, state: dict[str, Any], groups: list[dict[str, Any]],
                 new[option] = old[option]
             else:
                 new.pop(option, None)
-        for name, value in optimizer.defaults.items():
-            new.setdefault(name, old.get(name, value))
-    for saved, group in zip(loaded["param_groups"], groups):
+        for name, value in {**optimizer.defaults, **old}.items():
+            new.setdefault(name, value)
+    for saved, group in zip(loaded["param_groups"], state["param_groups"]):
         for key, p in zip(saved["params"], group["params"]):
             if key in loaded["state"]:
-                state["state"][p] = _fitted(optimizer, p, group, loaded["state"][key])
+                own = _copied(p, loaded["state"][key])
+                _check_moments(optimizer, key, group, own)
+                fit(optimizer, p, group, own)
+                state["state"][p] = own
 
 
-def _fitted(optimizer: Any, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's saved state in the dtypes and kinds that its group asks for, on its device, not aliasing the saved one."""
-    fitted: dict[str, Any] = {}
-    moments = optimizer._moments(group)
-    dropped = {"master", "remainder"} - {group.get("precision")}
-    dropped |= {"average"} if group.get("average_decay") is None else set()
+def _copied(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's saved state on its device, not aliasing the saved one, in the dtypes that it was saved in."""
+    found: dict[str, Any] = {}
     for name, value in saved.items():
         if not isinstance(value, Tensor):
             if value is not None:  # torch.optim.SGD without momentum saves a None
-                fitted[name] = torch.tensor(float(value)) if name == "step" else value
+                found[name] = torch.tensor(float(value)) if name == "step" else value
         elif name == "step":  # a fused or capturable torch optimizer keeps it on the device
-            fitted[name] = value.detach().to("cpu", torch.float32, copy=True)
-        elif name in moments:
-            scale = saved.get(f"{name}_scale")
-            fitted.update(_fitted_moment(p, group, name, moments.index(name), value, scale))
-        elif name.removesuffix("_scale") not in moments and name not in dropped:
+            found[name] = value.detach().to("cpu", torch.float32, copy=True)
+        else:
             dtype = torch.int16 if name == "remainder" else value.dtype
-            fitted[name] = value.to(p.device, dtype, copy=True)
-    if "step" not in fitted and any(name in fitted for name in moments):
-        fitted["step"] = torch.ones(())  # torch.optim.SGD does not count; with a momentum it has made a step
-    return fitted
+            found[name] = value.to(p.device, dtype, copy=True)
+    return found
 
 
-def _fitted_moment(p, group, name: str, place: int, value: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
-    """A saved moment, in 8-bit codes if it comes with a scale, as the group keeps it."""
-    codes = in_codes(p, group)
-    if scale is not None and codes:
-        return {name: value.to(p.device, copy=True), f"{name}_scale": scale.to(p.device, torch.float32, copy=True)}
-    value = value.to(p.device)
-    if scale is not None:
-        value = _like(p, block_dequantize(_local(value), own_scales(p, scale.to(p.device))))
-    if not codes:
-        return {name: value.to(moment_dtype(p, group), copy=True)}
-    coded, own = block_quantize(_local(value).float().contiguous(), _CODES[place] == torch.int8)
-    return {name: _like(p, coded), f"{name}_scale": _scale_of(p, own)}
+def _check_moments(optimizer: Any, key: Any, group: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raises UserError if moments are missing from a state that has made steps; adds the step to one that has only them."""
+    moments = optimizer._moments(group)
+    missing = [name for name in moments if name not in own]
+    if "step" not in own and len(missing) < len(moments):
+        own["step"] = torch.ones(())  # torch.optim.SGD does not count; with a momentum it has made a step
+    steps = int(own.get("step", 0))
+    if missing and steps:
+        raise UserError(
+            f"{type(optimizer).__name__}: the state dict has no {missing[0]} of parameter {key}, which has made {steps} steps: "
+            "it is another optimizer's; load it into that one, or begin with new moments by loading the weights alone"
+        )
 
 
 def share_steps(optimizer: Any) -> None:
