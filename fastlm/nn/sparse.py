@@ -15,17 +15,21 @@ def prune_2_4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Keeps the two weights of largest magnitude of every four neighbours along the last dimension.
 
     Args:
-        weight: [..., D], floating point, D a multiple of 4.
+        weight: [..., D], fp16, bf16, fp32 or fp64, D a multiple of 4.
 
     Returns:
         The pruned weight, like `weight`: what is kept bit for bit, the rest 0; and the mask, bool, True where a weight is kept.
         Of equal magnitudes the first is kept; NaN counts as the largest. Paper: Mishra et al. 2021, arXiv:2104.08378.
 
     Raises:
-        ValueError: D is no multiple of 4. TypeError: not floating point.
+        ValueError: D is no multiple of 4. TypeError: another dtype: codes (fp8, integers) are pruned before they
+        are made.
     """
-    if not weight.is_floating_point():
-        raise TypeError(f"prune_2_4: weight must be floating point, got {weight.dtype}")
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise TypeError(
+            f"prune_2_4: weight must be float16, bfloat16, float32 or float64, got {weight.dtype}: "
+            "prune the weight first and quantize what comes out"
+        )
     if weight.ndim == 0 or weight.shape[-1] % 4:
         raise ValueError(f"prune_2_4: weight must be [..., D] with D a multiple of 4, got {list(weight.shape)}")
     weight = weight.detach()
@@ -51,10 +55,13 @@ def why_not_sparse(weight: Tensor) -> str | None:
 class SparseLinear24(torch.nn.Linear):
     """torch.nn.Linear whose weight is 2:4 sparse; parameters and state dict are nn.Linear's.
 
-    A weight is pruned when it is loaded, and by `prune()`; from then on the places of its zeros are fixed: they get no gradient
-    and stay zero whatever the optimizer does. Where no gradient is needed and torch's sparse kernels can take the weight, it
-    is compressed once and they are used; elsewhere the product is dense, with the zeros in it. Whether the former is faster
-    depends on the machine and on the sizes: measure it with `sparse_gain`.
+    A weight is pruned when it is loaded, and by `prune()`; from then on the places of its zeros are fixed: they get no gradient,
+    and the product and the state dict take zero there whatever `weight` holds: an optimizer whose momentum is older than the
+    pruning moves it (`weight` itself is set to zero again by `prune()`, which chooses anew, or by loading). The mask is not
+    in the state dict: loading finds it again from the zeros. Where no gradient is needed and torch's sparse kernels can take
+    the weight, it is compressed once and they are used; elsewhere the product is dense, with the zeros in it. Whether the
+    former is faster depends on the machine and on the sizes: measure it with `sparse_gain`. A weight is compressed anew when
+    it has moved or was written in place; what is written through `weight.data` is seen after `prune()` only.
 
     Args:
         in_features: a multiple of 4. out_features, bias, device, dtype: as torch.nn.Linear.
@@ -89,13 +96,15 @@ class SparseLinear24(torch.nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: torch.nn.Linear, *, sparse_kernel: bool = True) -> SparseLinear24:
-        """A pruned copy of a linear layer."""
+        """A pruned copy of a linear layer, in its mode (training or not), its parameters with or without gradients as there."""
         made = cls(
             linear.in_features, linear.out_features, linear.bias is not None, linear.weight.device, linear.weight.dtype,
             sparse_kernel=sparse_kernel,
         )  # fmt: skip
         made.load_state_dict(linear.state_dict())
-        return made
+        for name, parameter in linear.named_parameters():
+            made.get_parameter(name).requires_grad_(parameter.requires_grad)
+        return made.train(linear.training)
 
     @torch.no_grad()
     def prune(self) -> None:
@@ -104,11 +113,20 @@ class SparseLinear24(torch.nn.Linear):
             return
         pruned, mask = prune_2_4(self.weight)
         self.weight.copy_(pruned)
-        self.mask = mask
+        self.mask, self._compressed = mask, None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = self.weight
         super()._load_from_state_dict(*args, **kwargs)
+        if self.weight is not before and not self.weight.is_meta:  # assign=True: the caller's own tensor stays as it is
+            self.weight = torch.nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)
         self.prune()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.weight
+        if not keep_vars and not weight.is_meta and weight.detach().masked_fill(self.mask, 0).any():
+            destination[prefix + "weight"] = torch.where(self.mask, weight.detach(), 0)
 
     def forward(self, input: Tensor) -> Tensor:
         needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)

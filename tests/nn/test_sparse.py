@@ -70,6 +70,62 @@ def test_zeros_stay_zero_in_training(device):
     assert not torch.equal(module.mask, mask)
 
 
+def test_momentum_from_before_the_pruning_is_not_seen(device):
+    module, x = SparseLinear24(16, 8, bias=False, device=device), torch.randn(5, 16, device=device)
+    module.mask.fill_(True)  # as dense as nn.Linear
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    for step in range(4):
+        optimizer.zero_grad(set_to_none=False)
+        module(x).square().sum().backward()
+        optimizer.step()
+        if step == 1:
+            module.prune()
+    assert (module.weight[~module.mask] != 0).any()  # it moves on
+    kept = torch.where(module.mask, module.weight, 0)
+    assert torch.equal(module(x), F.linear(x, kept)) and torch.equal(module.state_dict()["weight"], kept)
+    again = SparseLinear24(16, 8, bias=False, device=device)
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again(x), module(x)) and torch.equal(again.mask & (kept != 0), kept != 0)
+    whole = copy.deepcopy(torch.nn.Sequential(module))
+    assert torch.equal(whole.state_dict()["0.weight"], kept)
+    assert module.state_dict(keep_vars=True)["weight"] is module.weight
+
+
+def test_loading_by_assignment_leaves_the_callers_tensor(device):
+    given = torch.randn(8, 16, device=device)
+    before = given.clone()
+    module = SparseLinear24(16, 8, bias=False, device=device)
+    module.load_state_dict({"weight": given}, assign=True)
+    assert torch.equal(given, before)
+    assert torch.equal(module.weight, prune_2_4(before)[0]) and module.weight.requires_grad
+    with torch.device("meta"):
+        module = SparseLinear24(16, 8, bias=False)
+    module.load_state_dict({"weight": given}, assign=True)
+    assert torch.equal(given, before) and torch.equal(module.mask, prune_2_4(before)[1])
+
+
+def test_from_linear_keeps_mode_and_gradients(device):
+    linear = torch.nn.Linear(16, 8, device=device).eval()
+    linear.weight.requires_grad_(False)
+    module = SparseLinear24.from_linear(linear)
+    assert not module.training and not module.weight.requires_grad and module.bias.requires_grad
+    assert SparseLinear24.from_linear(linear.train()).training
+
+
+def test_the_compressed_weight_follows(device, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda dense: made.append(dense) or dense)
+    module = SparseLinear24(16, 8, device=device).requires_grad_(False)
+    assert module._compressed_weight() is module._compressed_weight() and len(made) == 1
+    module.weight.mul_(2)
+    assert torch.equal(module._compressed_weight(), module.weight) and len(made) == 2
+    module.weight.data = module.weight.data.clone() * 2  # other memory
+    assert torch.equal(module._compressed_weight(), module.weight) and len(made) == 3
+    module.weight.data.mul_(2)  # no trace but the values
+    module.prune()
+    assert torch.equal(module._compressed_weight(), module.weight) and len(made) == 4
+
+
 def test_no_gain_on_a_cpu_is_said():
     weight = torch.randn(64, 128, dtype=torch.bfloat16)
     found = sparse_gain(weight, 16)
@@ -98,8 +154,12 @@ def test_sparse_kernels_equal_the_dense_product():
 def test_errors():
     with pytest.raises(ValueError, match=r"prune_2_4: weight must be \[..., D\] with D a multiple of 4, got \[3, 6\]"):
         prune_2_4(torch.randn(3, 6))
-    with pytest.raises(TypeError, match="prune_2_4: weight must be floating point, got torch.int64"):
+    with pytest.raises(
+        TypeError, match="prune_2_4: weight must be float16, .*, got torch.int64: prune the weight first"
+    ):
         prune_2_4(torch.ones(4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="got torch.float8_e4m3fn: prune the weight first and quantize"):
+        prune_2_4(torch.ones(4).to(torch.float8_e4m3fn))
     with pytest.raises(ValueError, match="SparseLinear24: in_features must be a multiple of 4, got 6"):
         SparseLinear24(6, 4)
     with pytest.raises(ValueError, match=r"sparse_gain: weight must be \[F, D\], got \[4\]"):
