@@ -57,8 +57,8 @@ class CpuDecoder:
     one core and 33-60 on two, F.linear at 10 GB/s on either (384 x 384 to 2048 x 2048, EPYC 9004). fp32 and fp64 weights are
     used where they lie. Of bf16 and fp16 weights an fp32 copy is made, which takes twice their memory while the decoder
     lives; arithmetic and new keys and values are fp32 then. Of nn.QuantizedLinear, int8 codes with one scale a row are read as
-    they are and int4 codes from a copy that the layer keeps, with bf16 activations; of other codes an fp32 copy is made. The
-    logits do not depend on the number of threads.
+    they are and int4 codes without zero points from a copy that the layer keeps, with bf16 activations (and bf16 scales, for
+    int4); of other codes an fp32 copy is made. The logits do not depend on the number of threads.
 
     The weights must not change while the decoder lives; it is made anew for each generation.
     """
@@ -146,7 +146,7 @@ def _product(layer: nn.Module, x: Tensor, y: Tensor) -> _Product | RowProduct | 
     bias = getattr(layer, "bias", None)
     if not isinstance(layer, QuantizedLinear) or layer.codes.numel() * 8 // layer.bits < _SMALL:
         return _Product(layer.weight, bias, x, y)
-    packed = layer.packed_int4() if x.dtype == torch.float32 else None
+    packed = layer.packed_int4(round_scales=True) if x.dtype == torch.float32 else None
     if packed is not None:
         return Int4RowProduct(packed, bias, x, y)
     if RowProduct.reason_against(layer.codes, layer.scale, layer.zero, layer.bits, x):
@@ -157,10 +157,14 @@ def _product(layer: nn.Module, x: Tensor, y: Tensor) -> _Product | RowProduct | 
 def _head(model: Transformer, x: Tensor, y: Tensor) -> _Product | FineRowProduct:
     """The product that gives the logits, with the codes of nn.quantize_(skip=()) or, where tied, nn.quantize_(tied=True)."""
     layer = vars(model).get("quantized_head", model.embed) if model.config.tie_embeddings else model.head
-    plain = not isinstance(layer, QuantizedLinear)
-    if plain or FineRowProduct.reason_against(layer.codes, layer.scale, layer.zero, layer.bits, x):
-        return _Product(layer.weight, None, x, y)
-    return FineRowProduct(layer.codes, layer.scale, x, y)
+    if isinstance(layer, QuantizedLinear):
+        if not FineRowProduct.reason_against(layer.codes, layer.scale, layer.zero, layer.bits, x):
+            return FineRowProduct(layer.codes, layer.scale, x, y)
+        if (
+            model.config.tie_embeddings
+        ):  # a copy of the codes' values would be no faster than the embedding, and less exact
+            layer = model.embed
+    return _Product(layer.weight, None, x, y)
 
 
 class _Product:

@@ -112,32 +112,42 @@ class QuantizedLinear(nn.Module):
             made.bias = nn.Parameter(self.bias.detach().clone())
         return made
 
-    def packed_int4(self) -> PackedInt4 | None:
+    def packed_int4(self, round_scales: bool = False) -> PackedInt4 | None:
         """The codes in the order of torch's int4 product for CPUs, made once and again when they change: a second copy of them.
 
-        None for other weights than int4 ones on a CPU, and for shapes that the product does not take.
+        Seen are other tensors in place of codes and scale, and writes by torch's in-place operations; writes through `.data` or
+        numpy are not. None for other weights than int4 ones on a CPU, with zero points, for shapes that the product does not
+        take, and for scales that bf16 does not hold (scale_dtype=torch.bfloat16 makes ones that it does), unless round_scales.
         """
-        tensors = [t for t in (self.codes, self.scale, self.zero) if t is not None]
-        if self.bits != 4 or any(t.is_inference() or type(t) is not Tensor for t in tensors):
+        tensors = (self.codes, self.scale)
+        if self.bits != 4 or self.zero is not None or any(t.is_inference() or type(t) is not Tensor for t in tensors):
             return None
-        key = [(t.data_ptr(), t._version) for t in tensors]
-        if self.__dict__.get("_packed", (None,))[0] != key:
-            found = PackedInt4.of(self.codes, self.scale, self.zero, self.group_size, self.in_features)
-            self.__dict__["_packed"] = (key, found)
-        return self.__dict__["_packed"][1]
+        # The tensors themselves: freed memory comes back under the same address, with versions that count from 0 again.
+        kept = self.__dict__.get("_packed")
+        if kept is None or any(a is not b or a._version != n for a, b, n in zip(tensors, *kept[:2])):
+            kept = self.__dict__["_packed"] = (tensors, [t._version for t in tensors], {})
+        found = kept[2]
+        if round_scales not in found:
+            exact = self.packed_int4() if round_scales else None
+            found[round_scales] = exact or PackedInt4.of(
+                *tensors, self.zero, self.group_size, self.in_features, round_scales
+            )
+        return found[round_scales]
 
     def _few_rows(self, x: Tensor) -> Tensor | None:
-        """forward by torch's int4 product, which `auto` cannot take: it wants the codes packed in its own way."""
-        if not at_once("auto", x) or x.dtype != torch.bfloat16 or torch.is_grad_enabled() or not x.numel():
+        """forward by torch's int4 product, which `auto` cannot take: it wants the codes packed in its own way.
+
+        Not with a bias: the product rounds its sums to bf16, and a bias may cancel all but the error of that.
+        """
+        if self.bias is not None or not at_once("auto", x) or x.dtype != torch.bfloat16 or torch.is_grad_enabled():
+            return None
+        if not x.ndim or not x.numel() or torch.is_autocast_enabled("cpu"):
             return None
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) > BF16_ROWS or rows.shape[1] != self.in_features:
             return None
         packed = self.packed_int4()
-        if packed is None:
-            return None
-        y = packed.product(rows).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y.add_(self.bias)
+        return None if packed is None else packed.product(rows).view(*x.shape[:-1], self.out_features)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_packed"}

@@ -3,7 +3,9 @@
 fp32 activations are not rounded to 8 bits for it. A row is written as three digits to the base 254, each an int8 number from
 -127 to 127: x = (largest / 127) * (d0 + d1 / 254 + d2 / 254^2), off by at most 2^-24 of the row's largest value. A product of
 digits and codes is a sum of integers, which int32 holds exactly, and the three are put together in fp32: the idea of Ozaki et
-al. 2012 (doi:10.1007/s11075-011-9478-1). So the error is that of an fp32 product and does not depend on the number of threads.
+al. 2012 (doi:10.1007/s11075-011-9478-1). So the error does not depend on the number of threads, and is that of an fp32 product as
+long as the row's largest values meet weights of some size: an output whose weights are 0 wherever x is large is off by up to
+2^-24 of the row's largest value times the sum of its weights' sizes, where an fp32 product is off by as much of its own terms.
 Measured on one core of an EPYC 9004 (K = N = 4096, fp32): 1.7 ms for one row, 3.2 by F.linear with an fp32 weight, 40 where that
 is dequantised first; 62 ms for 256 rows, 96 by F.linear.
 """
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import _native
-from fastlm.ops.quantize import unpack_int4
+from fastlm.ops.quantize import dequantize_weight, unpack_int4
 
 BASE = 254
 _STEPS = torch.tensor([0.0, 127, 127 * BASE, 127 * BASE**2]).view(4, 1, 1)
@@ -43,11 +45,16 @@ def few_rows_product(
     if not _scaled_by_row(zero, bits, group_size) or x.dtype == torch.float64 or not x.numel() or not codes.numel():
         return None
     rows = x.reshape(-1, x.shape[-1])
-    if x.dtype == torch.bfloat16:
-        fits = rows.shape[0] <= BF16_ROWS and x.shape[-1] % _BF16_COLUMNS == 0
-        y = _bf16(rows, codes, scale, bias) if fits else None
-    else:
+    if x.dtype != torch.bfloat16:
         y = _digits(rows, codes, scale, bias)
+    elif rows.shape[0] > BF16_ROWS:
+        y = None
+    elif (
+        bias is not None
+    ):  # sums that were rounded to bf16 first may be 0 but for the error where the bias cancels them
+        y = _digits(rows, codes, scale, bias)
+    else:
+        y = _bf16(rows, codes, scale) if x.shape[-1] % _BF16_COLUMNS == 0 else None
     return None if y is None else y.view(*x.shape[:-1], codes.shape[0])
 
 
@@ -55,15 +62,18 @@ def by_codes(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int
 ) -> Tensor | None:
     """The product with the codes cast to x's dtype, where they are exact, and the scale on the sums: one pass over the codes, not
-    two or three. For what `few_rows_product` may serve, in dtypes whose range holds such sums; None for all else."""
-    if not _scaled_by_row(zero, bits, group_size) or x.dtype == torch.float16:
+    two or three. For what `few_rows_product` may serve. None for all else: fp16, whose range does not hold such sums, bf16 with a
+    bias, which must be added before the sums are rounded, and where a sum is beyond the dtype (or x has an inf or NaN)."""
+    bf16 = x.dtype == torch.bfloat16
+    if not _scaled_by_row(zero, bits, group_size) or x.dtype == torch.float16 or (bf16 and bias is not None):
         return None
     y = torch.nn.functional.linear(x, codes.to(x.dtype))
-    if x.dtype != torch.bfloat16:
-        y = y.mul_(scale)
-        return y if bias is None else y.add_(bias)
-    y = y * scale.float()
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+    if not math.isfinite(y.sum().item()):  # of a sum that is inf or NaN it is so as well
+        return None
+    if bf16:
+        return (y * scale.float()).to(x.dtype)
+    y = y.mul_(scale)
+    return y if bias is None else y.add_(bias)
 
 
 def gradient_by_codes(
@@ -79,16 +89,17 @@ def _scaled_by_row(zero, bits, group_size):
     return bits == 8 and not group_size and zero is None
 
 
-def _bf16(x, codes, scale, bias):
+def _bf16(x, codes, scale):
     # The scale is applied in fp32 to sums that were rounded once: rounding the scale itself to bf16 would bend whole rows.
     sums = _native.int8_weight_product(x.contiguous(), codes.contiguous(), scale.new_ones(len(scale), dtype=x.dtype))
-    y = sums * scale.float()
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+    return (sums * scale.float()).to(x.dtype)
 
 
 def _digits(x, codes, scale, bias):
     M, K = x.shape
     if codes.numel() < _SMALL or M > _DIGIT_ROWS or K > _MOST_COLUMNS or not _native.int8_products_are_exact():
+        return None
+    if 1 in codes.shape:  # the product takes [K, 1] for its transpose
         return None
     wide = x.float()
     largest = torch.linalg.vector_norm(wide, math.inf, -1, keepdim=True).clamp_(min=_SMALLEST)
@@ -96,13 +107,29 @@ def _digits(x, codes, scale, bias):
     rounded = (wide / largest * _STEPS).round_()
     digits = torch.sub(rounded[1:], rounded[:3], alpha=BASE).to(torch.int8).reshape(3 * M, K)
     sums = _sums(digits, codes).to(torch.float32)
-    y = torch.mm(_PLACES, sums.view(3, -1)).view(M, -1).mul_(largest)
-    y = y.mul_(scale) if bias is None else torch.addcmul(bias.float(), y, scale.float())
+    # The scale first: sums of codes times the largest value of x may be beyond fp32.
+    y = torch.mm(_PLACES, sums.view(3, -1)).view(M, -1).mul_(scale)
+    y = y.mul_(largest) if bias is None else torch.addcmul(bias.float(), y, largest)
+    if not math.isfinite(largest.max().item()):  # what an inf or NaN gives depends on the weights that it meets
+        bad = largest.isfinite().logical_not_().view(M)
+        y[bad] = _plain(wide[bad], codes, scale, bias)
     return y if y.dtype is x.dtype else y.to(x.dtype)
+
+
+def _plain(x, codes, scale, bias):
+    weight = dequantize_weight(codes, scale, bits=8)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.float())
+
+
+def _product_takes(codes):
+    """Whether torch's int8 product reads codes [N, K] rightly: rows or columns one after the other, none of them twice."""
+    (N, K), (row, column) = codes.shape, codes.stride()
+    return (column == 1 and row >= K) or (row == 1 and column >= N)
 
 
 def _sums(digits, codes):
     """digits [R, K] times codes [N, K] transposed, int32 [R, N]."""
+    codes = codes if _product_takes(codes) else codes.contiguous()
     weight, R = codes.t(), digits.shape[0]
     if R > 3 and (R > 3 * _FEW or codes.numel() < _LARGE):
         return _native.int8_product(digits, weight)
@@ -113,20 +140,25 @@ def _sums(digits, codes):
 
 
 class PackedInt4(NamedTuple):
-    """int4 codes, scales and zeros in the order of torch's int4 product for CPUs; scales are rounded to bf16."""
+    """int4 codes and scales in the order of torch's int4 product for CPUs, whose scales are bf16."""
 
     packed: Tensor
     scales_and_offsets: Tensor
     group_size: int
 
     @classmethod
-    def of(cls, codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, columns: int) -> PackedInt4 | None:
-        """None where torch's product does not take the shape: N must be a multiple of 16, K one of group_size."""
+    def of(
+        cls, codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, columns: int, round_scales: bool
+    ) -> PackedInt4 | None:
+        """None where torch's product does not take the shape: N must be a multiple of 16, K one of group_size. None for scales
+        that bf16 does not hold, unless round_scales: it bends whole groups, by up to 2^-9. And None with zero points, whose
+        share of a group the product takes in bf16 as well: all its weights, 0 among them, would be off by the same."""
         if not codes.shape[0] or codes.shape[0] % 16 or columns % group_size or codes.device.type != "cpu":
             return None
-        scale = scale.float().t()
-        offset = torch.zeros_like(scale) if zero is None else (8 - zero.float().t()) * scale
-        both = torch.stack((scale, offset), -1).to(torch.bfloat16).contiguous()
+        narrow = scale.t().to(torch.bfloat16)
+        if zero is not None or not (round_scales or torch.equal(narrow.float(), scale.t().float())):
+            return None
+        both = torch.stack((narrow, torch.zeros_like(narrow)), -1).contiguous()
         return cls(_native.pack_int4_for_cpu(unpack_int4(codes, group_size).int()), both, group_size)
 
     def product(self, x: Tensor) -> Tensor:
@@ -224,6 +256,8 @@ class FineRowProduct:
             return "it is for int8 codes with one scale a row and no zeros"
         if x.dtype != torch.float32 or codes.shape[1] > _MOST_COLUMNS:
             return f"it is for fp32 vectors of at most {_MOST_COLUMNS} elements, got {x.dtype} [{codes.shape[1]}]"
+        if 1 in codes.shape:
+            return "torch's int8 product takes [K, 1] for its transpose"
         if sys.byteorder != "little" or not _native.int8_products_are_exact():
             return "this CPU's int8 products saturate, or its numbers begin with their last byte"
         return None

@@ -93,11 +93,21 @@ def test_other_formats_are_read_as_fp32_copies(format, changes):
     torch.testing.assert_close(ours, logits_of(dequantised(model))[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_int4_is_packed_once(symmetric, monkeypatch):
+@pytest.mark.parametrize("format", [(8, None, True), (8, None, False), (8, 64), (4, 32)], ids=str)
+def test_codes_of_a_tied_head_that_no_product_reads_are_left(format):
+    model = make_model()
+    nn.quantize_(model, *format[:2], symmetric=format[2:] != (False,), skip=(), tied=True)
+    head = logits_of(model)[1].head
+    if format == (8, None, True) and _native.int8_products_are_exact():
+        assert type(head) is FineRowProduct
+    else:
+        assert type(head) is cpu._Product and torch.equal(head.weight.view(97, 64), model.embed.weight)
+
+
+def test_int4_is_packed_once(monkeypatch):
     model = make_model(attention_bias=True)
     before, _ = logits_of(model)
-    nn.quantize_(model, 4, 32, symmetric=symmetric)
+    nn.quantize_(model, 4, 32)
     ours, decoder = logits_of(model)
     assert {type(p) for layer in decoder.layers for p in layer if not isinstance(p, cpu._Norm)} == {Int4RowProduct}
     plain = dequantised(model)
@@ -114,9 +124,12 @@ def test_zero_points_and_odd_widths_are_too():
     ours, decoder = logits_of(model)
     assert {type(p) for p in decoder.layers[0][1:3]} == {cpu._Product}
     torch.testing.assert_close(ours, logits_of(dequantised(model))[0], rtol=1e-4, atol=1e-5)
-    model = make_model()
-    nn.quantize_(model, 8, symmetric=False)
-    assert type(logits_of(model)[1].layers[0][1]) is cpu._Product
+    for bits, group in ((8, None), (4, 32)):
+        model = make_model()
+        nn.quantize_(model, bits, group, symmetric=False)
+        ours, decoder = logits_of(model)
+        assert type(decoder.layers[0][1]) is cpu._Product
+        torch.testing.assert_close(ours, logits_of(dequantised(model))[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -118,32 +118,87 @@ def test_an_adapter_over_it_trains(bits, group):
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("rows", [(), (1,), (2, 8), (17,), (0,)], ids=str)
-def test_int4_on_the_cpu_in_bf16(rows, symmetric, monkeypatch):
+def int4_layer(scale_dtype=torch.bfloat16, bias=False, **options):
     torch.manual_seed(0)
-    linear = torch.nn.Linear(96, 48)
-    layer = nn.QuantizedLinear.from_linear(linear, 4, 32, symmetric=symmetric).bfloat16()
+    linear = torch.nn.Linear(96, 48, bias=bias)
+    return nn.QuantizedLinear.from_linear(linear, 4, 32, scale_dtype=scale_dtype, **options).bfloat16()
+
+
+@pytest.fixture
+def int4_calls(monkeypatch):
     called, real = [], _native.int4_weight_product
     monkeypatch.setattr(_native, "int4_weight_product", lambda *a: called.append(1) or real(*a))
-    x = torch.randn(*rows, 96).bfloat16()
-    with torch.no_grad():
-        got = layer(x)
-    assert got.requires_grad is False and bool(called) == (rows in ((), (1,), (2, 8)))
+    return called
+
+
+def assert_close_to_fp64(layer, x, got):
     weight = dequantize_weight(
         layer.codes, layer.scale, layer.zero, bits=4, group_size=32, columns=96, dtype=torch.float64
     )
-    exact = torch.nn.functional.linear(x.double(), weight, layer.bias.double())
+    bias = None if layer.bias is None else layer.bias.double()
+    exact = torch.nn.functional.linear(x.double(), weight, bias)
     assert_accurate(got, exact, torch.nn.functional.linear(x, weight.bfloat16(), layer.bias))
-    called.clear()
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (2, 8), (17,), (0,)], ids=str)
+def test_int4_on_the_cpu_in_bf16(rows, int4_calls):
+    layer, x = int4_layer(), torch.randn(*rows, 96).bfloat16()
+    with torch.no_grad():
+        got = layer(x)
+    assert got.requires_grad is False and bool(int4_calls) == (rows in ((), (1,), (2, 8)))
+    assert_close_to_fp64(layer, x, got)
+    int4_calls.clear()
     layer(x.requires_grad_())
     with torch.no_grad(), ops.use_backend("reference"):
         layer(x)
-    assert not called
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert layer(x).dtype == torch.float16
+    assert not int4_calls
+
+
+@pytest.mark.parametrize("options", [{"symmetric": False}, {"scale_dtype": torch.float32}, {"bias": True}], ids=str)
+def test_int4_that_torchs_product_would_bend_goes_another_way(options, int4_calls):
+    """Scales and offsets rounded to bf16, sums rounded before a bias: inputs under which that does not average out."""
+    layer = int4_layer(**options)
+    x = torch.ones(1, 96).bfloat16()
+    x[:, 32:64] = -1
+    if layer.bias is not None:
+        x[:, 0] += 2**-7
+        layer.codes.fill_(0x99)
+        layer.scale.fill_(256.0)
+        layer.bias.data.fill_(-256.0 * 32)
+    elif layer.zero is None:  # groups that cancel each other
+        layer.codes.fill_(0xFF)
+        layer.scale.fill_(0.5 + 2**-9 - 2**-20)
+        layer.scale[:, 1] *= 2
+    else:
+        layer.codes.copy_((layer.zero + 16 * layer.zero).repeat_interleave(16, 1))
+    with torch.no_grad():
+        got = layer(x)
+    if layer.zero is not None:
+        assert not got.any()  # every weight is 0
+    assert_close_to_fp64(layer, x, got)
+    assert not int4_calls and layer.packed_int4() is None or layer.bias is not None
+
+
+def test_an_int4_layer_refuses_a_number():
+    with torch.no_grad(), pytest.raises(ValueError, match=r"x must be \[..., K\]"):
+        int4_layer()(torch.tensor(1.0, dtype=torch.bfloat16))
+
+
+def test_codes_under_an_old_address_are_packed_anew():
+    layer, x = int4_layer(), torch.randn(2, 96).bfloat16()
+    memory = torch.empty(layer.codes.shape, dtype=torch.uint8)
+    with torch.no_grad():
+        for value in (0x99, 0x88):
+            layer.codes = torch.from_numpy(memory.numpy())  # another tensor, the same memory and version
+            memory.fill_(value)
+            assert bool(layer(x).any()) == (value == 0x99)
 
 
 def test_int4_is_packed_once_and_again_when_it_changes(monkeypatch):
-    layer = nn.QuantizedLinear.from_linear(torch.nn.Linear(64, 32), 4, 32).bfloat16()
+    made = torch.nn.Linear(64, 32, bias=False)
+    layer = nn.QuantizedLinear.from_linear(made, 4, 32, scale_dtype=torch.bfloat16).bfloat16()
     packs, real = [], _native.pack_int4_for_cpu
     monkeypatch.setattr(_native, "pack_int4_for_cpu", lambda codes: packs.append(1) or real(codes))
     x = torch.randn(3, 64).bfloat16()

@@ -232,7 +232,53 @@ def test_digits_of_rows_of_all_magnitudes():
     x[0, 3] = torch.nan
     x[7, 3] = torch.inf
     got = quantized_cpu.few_rows_product(x, q.codes, q.scale, None, None, 8, 0)
-    assert not got[[0, 7]].isfinite().any() and got[1:7].isfinite().all()
+    assert got[0].isnan().all() and torch.equal(got[7], (x[7:] @ weight.float().t())[0]) and got[1:7].isfinite().all()
+
+
+@pytest.mark.usefixtures("_digits")
+@pytest.mark.parametrize("small", [0, 1 << 30], ids=["digits", "by_codes"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_sums_of_codes_beyond_fp32_and_infinite_inputs(bias, small, monkeypatch):
+    monkeypatch.setattr(quantized_cpu, "_SMALL", small)
+    q, x, b = quantized(8, None, False, 40, 64), torch.randn(3, 64), torch.randn(40) if bias else None
+    scale, weight = torch.full((40,), 1e-5), 1e-5 * q.codes.double()
+    x[1] = 1e37
+    x[2, 5] = torch.inf
+    q.codes[:3, 5] = 0
+    weight[:3, 5] = 0
+    with torch.no_grad():
+        got = ops.quantized_linear(x, q.codes, scale, None, b)
+    want = F.linear(x.double(), weight, None if b is None else b.double())
+    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf()) and want[2].isinf().any()
+    torch.testing.assert_close(got[:2].double(), want[:2], rtol=1e-5, atol=1e-6 * 1e37 * 1e-5 * 127 * 8)
+
+
+@pytest.mark.usefixtures("_digits")
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_codes_of_zero_strides_and_single_columns(rows):
+    generator = torch.Generator().manual_seed(0)
+    repeated = torch.randint(1, 100, (512,), dtype=torch.int8, generator=generator).expand(512, -1)
+    overlapping = repeated[0].as_strided((200, 300), (1, 1))
+    column, row = repeated[0].view(512, 1), repeated[:1]
+    for codes in (repeated, repeated.t(), overlapping, column, row, column.as_strided((512, 1), (1, 1))):
+        x, scale = torch.randn(rows, codes.shape[1]), torch.rand(len(codes))
+        want = F.linear(x.double(), scale.double()[:, None] * codes.double())
+        with torch.no_grad():
+            got = ops.quantized_linear(x, codes, scale)
+        assert_accurate(got, want, F.linear(x, scale[:, None] * codes.float()))
+
+
+@pytest.mark.parametrize("small", [0, 1 << 30], ids=["digits", "by_codes"])
+@pytest.mark.parametrize("rows", [1, 17])
+def test_a_bias_that_cancels_a_bf16_sum(rows, small, monkeypatch):
+    """W x = 8128 + 127 / 128; bf16 has steps of 32 there."""
+    monkeypatch.setattr(quantized_cpu, "_SMALL", small)
+    x = torch.ones(rows, 64, dtype=torch.bfloat16)
+    x[:, 0] += 2**-7
+    codes, bias = torch.full((32, 64), 127, dtype=torch.int8), torch.full((32,), -8128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = ops.quantized_linear(x, codes, torch.ones(32), None, bias)
+    assert (y == 127 / 128).all(), y
 
 
 @pytest.mark.usefixtures("_digits")
