@@ -113,7 +113,7 @@ def load(path: str | Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
     """Puts a checkpoint's weights, optimizer state and random states in place; returns the `state` given to `save`.
 
     Raises:
-        UserError: the checkpoint is damaged, or was made with another model. Nothing has changed then.
+        UserError: the checkpoint is damaged, or was made with another model or optimizer. Nothing has changed then.
     """
     from safetensors.torch import load_file
 
@@ -132,12 +132,17 @@ def load(path: str | Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
         if saved[name].shape != tensor.shape:
             shapes = f"{list(saved[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
             raise UserError(f"checkpoint {path} was made with another model: {name} is {shapes}")
+    _load_optimizer_tensors(model, optimizer, load_file(path / OPTIMIZER))  # first: it may refuse
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
-    _load_optimizer_tensors(model, optimizer, load_file(path / OPTIMIZER))
     _set_random_states(content["random"])
     return content["state"]
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The `state` given to `save`, of a checkpoint that `find_fault` finds nothing wrong with."""
+    return json.loads((Path(path) / STATE).read_bytes())["state"]
 
 
 def unique_tensors(model: torch.nn.Module) -> dict[str, Tensor]:

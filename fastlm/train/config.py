@@ -9,7 +9,14 @@ from fastlm.errors import UserError
 from fastlm.optim import SCHEDULES
 from fastlm.optim.state import PRECISIONS
 
-OPTIMIZERS = ("adamw", "lion", "sgd", "muon")
+# The optimizers, each with the defaults of those settings that not all of them use.
+HYPERPARAMETERS = {
+    "adamw": {"betas": (0.9, 0.95), "eps": 1e-8},
+    "lion": {"betas": (0.9, 0.99)},
+    "sgd": {"momentum": 0.9},
+    "muon": {"betas": (0.9, 0.95), "momentum": 0.9, "eps": 1e-10},
+}
+OPTIMIZERS = tuple(HYPERPARAMETERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +43,13 @@ class TrainConfig:
     decay: float = option(0.1, "wsd: share of the steps, at the end, in which the learning rate falls")
     optimizer: str = option("adamw", "what makes the step; muon: hidden matrices, AdamW the rest", choices=OPTIMIZERS)
     betas: tuple[float, float] | None = option(
-        None, "decay rates of the first and second moment; none for 0.9 and 0.95 (adamw, muon) or 0.99 (lion)"
+        None, "adamw, lion, muon's AdamW: decay rates of the moments; none for 0.9 and 0.95, with lion 0.9 and 0.99"
     )
-    momentum: float = option(0.9, "of sgd and muon")
-    eps: float = option(1e-8, "AdamW's epsilon")
-    weight_decay: float = option(0.1, "decoupled weight decay of matrices; norms and biases have none")
+    momentum: float | None = option(None, "sgd and muon: decay rate of the momentum; none for 0.9")
+    eps: float | None = option(None, "adamw, and muon's AdamW: epsilon; none for 1e-8, with muon 1e-10")
+    weight_decay: float = option(
+        0.1, "of matrices; norms and biases have none; decoupled, but with sgd inside the gradient"
+    )
     clip: float = option(1.0, "largest global gradient norm; 0 switches clipping off")
     optimizer_precision: str = option(
         "nearest", "how 16-bit weights keep what rounding cuts off; fp32 ones do not ask", choices=PRECISIONS
@@ -88,7 +97,7 @@ class TrainConfig:
                 raise UserError(f"train: {name} must be above 0, got {value}")
         counts = ("warmup", "evaluate_every", "evaluate_batches", "patience", "checkpoint_every")
         for name in ("min_lr", "eps", "weight_decay", "clip", *counts):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise UserError(f"train: {name} must be at least 0, got {getattr(self, name)}")
         if self.min_lr > self.lr:
             raise UserError(f"train: min_lr must not be above lr, got {self.min_lr} and {self.lr}")
@@ -100,9 +109,10 @@ class TrainConfig:
                 raise UserError(f"train: {name} must be in [0, 1), got {value}")
         if self.state_bits not in (None, 8, 32):
             raise UserError(f"train: state_bits must be 32 or 8, got {self.state_bits}")
-        if self.betas is None:
-            object.__setattr__(self, "betas", (0.9, 0.99) if self.optimizer == "lion" else (0.9, 0.95))
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        for name, value in HYPERPARAMETERS.get(self.optimizer, {}).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.betas is not None and not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
             raise UserError(f"train: betas must be two numbers in [0, 1), got {self.betas}")
         if self.resume and self.overwrite:
             raise UserError("train: resume continues a run and overwrite deletes it; give one of them")

@@ -91,7 +91,8 @@ def train(
             with state_dict() and load_state_dict() for resuming.
         validation_loader: the same; it is put back to its first batch before each evaluation. None: no evaluation.
         loss_function: (model, batch on the device) -> 0-d sum of the loss over the batch's live tokens.
-        optimizer: anything with step(grad_scale=) and tensors as state. Default: the one that config names.
+        optimizer: anything with step(grad_scale=) and tensors as state. Each group's lr is its peak, which follows the
+            schedule as config.lr would (min_lr / lr is the share at the end). Default: the one that config names.
         tokenizer: with `save(folder)`: written beside the weights in model/ and best/.
 
     Returns:
@@ -136,7 +137,8 @@ class _Run:
         self.out, self.checkpoints = Path(config.out), Path(config.out) / "checkpoints"
         self.device = setup.pick_device(config.device)
         self.model = model.to(self.device)
-        self.optimizer = optimizer or setup.make_optimizer(model, config)
+        self.own_optimizer = optimizer is None  # then config says all about it
+        self.optimizer = setup.make_optimizer(model, config) if optimizer is None else optimizer
         self.loss_function = loss_function or _model_loss
         self.train_loader, self.validation_loader = train_loader, validation_loader
         self.at = _Progress()
@@ -155,6 +157,8 @@ class _Run:
             self.model.activation_checkpointing = True
         if config.compile:
             self.loss_function = torch.compile(self.loss_function)
+        if self.own_optimizer and (unused := setup.unused_settings(config)):
+            self.screen.say(unused)
         self.first_validation = self.validation_loader.state_dict() if self.validation_loader is not None else None
         torch.manual_seed(config.seed)
         if not config.resume:
@@ -174,6 +178,7 @@ class _Run:
         path = setup.newest_checkpoint(self.out, self.screen.say)
         if path is None:
             return False
+        setup.check_optimizer(path, self.config if self.own_optimizer else None)
         state = checkpoint.load(path, self.model, self.optimizer)
         self.at = _Progress(**state["progress"])
         self.train_loader.load_state_dict(state["loader"])
@@ -221,8 +226,7 @@ class _Run:
             return False
         live = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         lr = setup.learning_rate(config, at.step, at.seconds)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = setup.set_rates(self.optimizer, lr, None if self.own_optimizer else config.lr)
         losses = []
         for batch in batches:
             loss = self._loss(batch) / max(live, 1)

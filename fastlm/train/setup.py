@@ -17,7 +17,7 @@ from fastlm import optim
 from fastlm.config import to_dict
 from fastlm.errors import UserError
 from fastlm.train import checkpoint
-from fastlm.train.config import TrainConfig
+from fastlm.train.config import HYPERPARAMETERS, TrainConfig
 
 # All that training writes into the out folder, and so all that `overwrite` may delete from it.
 PRODUCTS = ("checkpoints", "best", "model", "tensorboard", "metrics.jsonl", "loss.png", "report.html")
@@ -82,13 +82,53 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
         # One learning rate and one weight decay for all, as if for AdamW.
         options |= {"momentum": config.momentum, "adjust_lr_fn": "match_rms_adamw"}
         sections = getattr(model, "sections", None)  # queries, keys and values are matrices of their own
-        return optim.Muon(optim.muon_groups(model, **rates, **decays, sections=sections), **options)
+        groups = optim.muon_groups(model, **rates, **decays, sections=sections)
+        groups = [group if group["use_muon"] else {**group, "eps": config.eps} for group in groups]
+        return optim.Muon(groups, **options)
     options |= {"state_bits": config.state_bits}
     if name == "sgd":
         return optim.SGD(groups, config.lr, config.momentum, **options)
     if name == "lion":
         return optim.Lion(groups, config.lr, config.betas, **options)
     return optim.AdamW(groups, config.lr, config.betas, config.eps, **options)
+
+
+def unused_settings(config: TrainConfig) -> str:
+    """A line that names the settings that were given and that the optimizer does not use; "" if there are none."""
+    known = {name for used in HYPERPARAMETERS.values() for name in used}
+    unused = sorted(n for n in known - HYPERPARAMETERS[config.optimizer].keys() if getattr(config, n) is not None)
+    return f"not used: {', '.join(unused)}; optimizer {config.optimizer} has no such setting" if unused else ""
+
+
+def check_optimizer(path: Path, config: TrainConfig | None) -> None:
+    """Raises UserError if the checkpoint's optimizer is another than the one that the settings name, if they do."""
+    if config is None:
+        return
+    made_by = checkpoint.read_state(path).get("config", {}).get("optimizer", config.optimizer)
+    if made_by != config.optimizer:
+        raise UserError(
+            f"train: {path} has the state of optimizer {made_by}, which {config.optimizer} cannot continue; resume with "
+            f"optimizer {made_by}, or start another run from the model's weights"
+        )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, peak: float | None) -> float:
+    """Gives each parameter group its rate; -> the first group's.
+
+    Args:
+        peak: None: lr for all. Else groups have rates of their own, and get the share lr / peak of the ones they began with.
+    """
+    for group in optimizer.param_groups:
+        if peak is None:
+            group["lr"] = lr
+            continue
+        now = group["lr"]
+        began = group.setdefault("initial_lr", now.clone() if isinstance(now, Tensor) else now)  # as torch's schedulers
+        if isinstance(now, Tensor):
+            now.copy_(began * (lr / peak))
+        else:
+            group["lr"] = began * (lr / peak)
+    return lr if peak is None else float(optimizer.param_groups[0]["lr"])
 
 
 def averages(optimizer: torch.optim.Optimizer) -> AbstractContextManager:

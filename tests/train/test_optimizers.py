@@ -97,3 +97,62 @@ def test_muon_takes_queries_keys_and_values_apart():
     assert sections == [None, (192, 64, 64), (512, 512)]
     rows = {name: p.shape[0] for name, p in model.blocks[0].named_parameters() if "qkv" in name or "gate_up" in name}
     assert list(rows.values()) == [sum(parts) for parts in sections[1:]]
+
+
+def test_a_callers_optimizer_keeps_its_groups_rates(tmp_path):
+    def run(out, steps, model, **changes):
+        tensor = torch.tensor(0.4)
+        groups = [{"params": [model.up.weight], "lr": 0.2}, {"params": [model.down.weight], "lr": tensor}]
+        optimizer = optim.SGD([*groups, {"params": [model.norm.weight], "lr": 0.0}])
+        config = settings(tmp_path / out, steps=steps, evaluate_every=0, lr=0.01, clip=0, **changes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(setup, "learning_rate", lambda c, step, s: c.lr * (1 - step / 8))
+            train(model, config, TinyLoader(), optimizer=optimizer)
+        return optimizer
+
+    whole = make_model()
+    optimizer = run("whole", 6, whole)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.2 * 3 / 8, 0.4 * 3 / 8, 0.0])
+    assert [r["lr"] for r in read_metrics(tmp_path / "whole" / "metrics.jsonl")][0] == pytest.approx(0.2)
+    run("parts", 3, make_model())
+    resumed = make_model()
+    run("parts", 6, resumed, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+
+
+def test_another_optimizer_does_not_resume(tmp_path):
+    train(make_model(), settings(tmp_path, steps=2, evaluate_every=0, optimizer="lion"), TinyLoader())
+    model = make_model(seed=1)
+    before = model.up.weight.detach().clone()
+    with pytest.raises(UserError, match="has the state of optimizer lion, which adamw cannot continue"):
+        train(model, settings(tmp_path, steps=4, evaluate_every=0, resume=True), TinyLoader())
+    assert torch.equal(model.up.weight, before)
+
+
+def test_a_refused_checkpoint_changes_nothing(tmp_path):
+    model = make_model()
+    train(model, settings(tmp_path, steps=2, evaluate_every=0), TinyLoader())
+    other = make_model(seed=1)
+    other.up.weight.requires_grad_(False)
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(UserError, match="up.weight.* but the optimizer does not train that parameter"):
+        train(other, settings(tmp_path, steps=4, evaluate_every=0, resume=True), TinyLoader())
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_settings_reach_the_optimizer_that_has_them():
+    groups = setup.make_optimizer(make_model(), TrainConfig(optimizer="muon", eps=1e-5)).param_groups
+    assert {group["eps"] for group in groups if not group["use_muon"]} == {1e-5}
+    assert {group["eps"] for group in groups if group["use_muon"]} == {1e-7}
+    assert setup.make_optimizer(make_model(), TrainConfig(eps=1e-5)).param_groups[0]["eps"] == 1e-5
+    assert setup.make_optimizer(make_model(), TrainConfig(optimizer="sgd")).param_groups[0]["momentum"] == 0.9
+    for name in setup.HYPERPARAMETERS:
+        assert not setup.unused_settings(TrainConfig(optimizer=name))
+
+
+def test_settings_without_a_use_are_named(tmp_path, capsys):
+    config = settings(tmp_path, steps=1, evaluate_every=0, optimizer="sgd", eps=1e-5, betas=(0.9, 0.9))
+    train(make_model(), config, TinyLoader())
+    out = capsys.readouterr()
+    assert (out.out + out.err).count("not used: betas, eps; optimizer sgd has no such setting") == 1
