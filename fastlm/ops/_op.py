@@ -40,6 +40,8 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "o
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing  # torch.jit.trace
+_modes = torch._C._len_torch_dispatch_stack
 
 
 class _State(threading.local):
@@ -297,7 +299,7 @@ def at_once(backend: str, first: Any) -> bool:
         and _state.chooses_freely
         and forward_ad._current_level < 0
         and not _transforms_active()
-        and not _is_compiling()
+        and not (_is_compiling() or _is_tracing() or (_modes() and _without_values()))
     )
 
 
@@ -394,12 +396,23 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _without_values() -> bool:
+    """Whether calls are recorded, or run without values, by a mode of torch's: make_fx, FakeTensorMode, functionalisation."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether what is done may depend on the tensor's values: a plain CPU tensor or parameter, where reading costs no sync,
+    eagerly and outside of everything that records or transforms."""
+    if _is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.is_cpu:
+        return False
+    return not (_transforms_active() or _is_tracing() or (_modes() and _without_values()))
+
+
 def host_values(tensor: Tensor) -> list | None:
-    """The tensor's values as a list where reading them is free: a plain CPU tensor, eagerly; else None (no sync, no graph
-    break)."""
-    if tensor.device.type != "cpu" or type(tensor) is not Tensor or torch.compiler.is_compiling():
-        return None
-    return None if torch._C._are_functorch_transforms_active() else tensor.tolist()
+    """The tensor's values as a list where one `can_read` them, else None (no sync, no graph break)."""
+    return tensor.tolist() if can_read(tensor) else None
 
 
 def grad_of(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlm.kernels.chunked_loss import inverse
 from fastlm.ops import loss_checks as checks
 from fastlm.ops._native import MEAN, cross_entropy_loss
-from fastlm.ops._op import Op, at_once, compute_dtype, grad_of
+from fastlm.ops._op import Op, at_once, can_read, compute_dtype, grad_of
 
 
 def _scaled(input, scale, softcap):
@@ -65,7 +65,7 @@ def without_bad_rows(input, target, ignore_index):
 def _mean_at_once(input, target, ignore_index, label_smoothing):
     """The mean by torch's own function in as few calls as it takes; None where there is more to it: bad arguments, a target
     out of range, no row that counts, ignored rows that would spoil a gradient. input: a plain CPU tensor."""
-    if target.dtype is not torch.int64 or not 0 <= label_smoothing <= 1:
+    if target.dtype is not torch.int64 or (label_smoothing and not 0 <= label_smoothing <= 1):
         return None
     if target.ndim != 1:
         if not input.ndim or not input.shape[-1] or target.shape != input.shape[:-1]:
@@ -93,7 +93,7 @@ def _mean_at_once(input, target, ignore_index, label_smoothing):
 def _torch(input, target, weight, ignore_index, label_smoothing, z_loss, scale, softcap, reduction="none"):
     plain = scale == 1 and softcap is None and input.dtype in (torch.float32, torch.float64)
     flat, wrong, clean = target if target.ndim == 1 else target.reshape(-1), None, input
-    if input.device.type != "cpu" or torch.compiler.is_compiling():
+    if not can_read(input):
         # Nothing is known of the values: torch would stop the device at a target out of range.
         wrong = (flat != ignore_index) & ((flat < 0) | (flat >= input.shape[-1]))
         flat = flat.masked_fill(wrong, ignore_index)
@@ -248,7 +248,7 @@ def cross_entropy(
     args = input, target, weight, ignore_index, float(label_smoothing), float(z_loss), float(scale), number
     if (
         backend == "torch" and reduction == "mean" and not z_loss and token_weight is None and denominator is None
-        and type(input) is Tensor and input.device.type == "cpu" and not torch.compiler.is_compiling()
+        and can_read(input)
     ):  # fmt: skip
         try:
             loss = OP.plain("torch", *args, "mean")

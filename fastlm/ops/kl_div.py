@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.kernels.chunked_loss import inverse
-from fastlm.ops._op import Op, at_once, compute_dtype, grad_of
+from fastlm.ops._op import Op, at_once, can_read, compute_dtype, grad_of
 from fastlm.ops.loss_checks import check_denominator, ordinary
 from fastlm.ops.loss_gradients import save, saved
 
@@ -104,9 +104,7 @@ def torch_rows(
     buffers = loss.new_empty((4, step, vocabulary))
     formula = _mixture_block if 0 < beta < 1 else _divergence_block
     by_row = inverse_t if factor is None else (factor * inverse_t).unsqueeze(-1)
-    ways = (
-        (False, True) if loss.device.type == "cpu" else (True,)
-    )  # elsewhere a look at the result would be a wait for it
+    ways = (False, True) if can_read(loss) else (True,)  # on a GPU a look at the result would be a wait for it
     for start in range(0, n, step):
         here = slice(start, min(start + step, n))
         block = buffers[:, : here.stop - start].unbind()
@@ -154,7 +152,7 @@ class _Rows(torch.autograd.Function):
 
 
 def _torch(student, teacher, mask, beta, temperature):
-    if torch.compiler.is_compiling() or student.device.type != "cpu":
+    if not can_read(student):
         return _reference(student, teacher, mask, beta, temperature)
     if student.numel() <= _SMALL and mask is None and beta in (0, 1):
         loss = _small(student, teacher, beta, temperature, "none").sum(-1)

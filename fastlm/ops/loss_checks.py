@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops._op import compute_dtype, host_values
+from fastlm.ops._op import can_read, compute_dtype
 
 
 def check_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
@@ -78,10 +78,10 @@ def check_denominator(op: str, denominator: Tensor) -> None:
 
 def check_target_values(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """Every target in [0, classes) or ignored, where reading them is free (CPU)."""
-    if type(target) is not Tensor or target.device.type != "cpu" or not target.numel():
+    if not can_read(target) or not target.numel():
         return
     outside = target.clamp(0, classes - 1) != target
-    if host_values(outside.any()) and (outside & (target != ignore_index)).any():
+    if outside.any() and (outside & (target != ignore_index)).any():
         raise ValueError(
             f"{op}: target must be in [0, {classes}) or ignore_index={ignore_index}, "
             f"got {target[outside & (target != ignore_index)][0].item()}"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._op import Op, _transforming, compute_dtype, host_values, is_batched
+from fastlm.ops._op import Op, can_read, compute_dtype, host_values, is_batched
 
 _FEW = 1 << 14  # elements of q below which the time is that of the calls, not of the memory
 
@@ -276,8 +276,7 @@ def _check_places(q, table, offset, cu_seqlens):
 def _check_values(q, table, positions, offset, cu_seqlens):
     """On the CPU, where it costs no synchronisation. Not under torch.compile or a transform, where there are no values."""
     if positions is not None:
-        free = positions.device.type == "cpu" and type(positions) is Tensor and positions.numel()
-        if free and not torch.compiler.is_compiling() and not _transforming((positions,)):
+        if can_read(positions) and positions.numel():
             _check_inside(*(int(t) for t in positions.aminmax()), table)
         return
     lengths, begins = [q.shape[-3]], None if cu_seqlens is None else host_values(cu_seqlens)

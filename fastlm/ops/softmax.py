@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlm.ops._cuda import not_measured
 from fastlm.ops._native import softmax_gradient
-from fastlm.ops._op import Op, at_once, compute_dtype, is_batched
+from fastlm.ops._op import Op, at_once, can_read, compute_dtype, is_batched
 
 _WIDEST = 262144
 _FEW = 1 << 14  # elements up to which autograd's own steps cost less than a Function of Python
@@ -29,7 +29,7 @@ def _reference(x, mask, scale):
 def _torch(x, mask, scale):
     if mask is None and scale == 1:
         return torch.softmax(x, -1)
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0 or type(x).__name__ == "DTensor":
+    if not can_read(x) or x.numel() == 0:
         return _reference(x, mask, scale)
     if mask is None and x.element_size() == 2 and abs(math.frexp(scale)[0]) == 0.5 and abs(scale) <= 1:
         return torch.softmax(x * scale, -1)  # a power of two rounds nothing

@@ -1,7 +1,12 @@
 """What the short ways of small CPU calls must not skip: errors of the contract, devices, values that are not there to be read."""
 
+import functools
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastlm import ops
 
@@ -144,3 +149,72 @@ def test_rotary_of_one_that_needs_a_gradient(tokens, backend, device):
         (grad,) = torch.autograd.grad(out[who].sin().sum(), pair[who])
         (want,) = torch.autograd.grad(both[who].sin().sum(), pair_of_both[who])
         torch.testing.assert_close(grad, want)
+
+
+def _hidden(x):
+    return torch.arange(x.shape[-1]) < 5
+
+
+VALUE_CALLS = {
+    "softmax": lambda x, t: ops.softmax(x, mask=_hidden(x)),
+    "softmax_added": lambda x, t: ops.softmax(x, mask=torch.zeros(x.shape[-1])),
+    "cross_entropy": lambda x, t: ops.cross_entropy(x, t),
+    "cross_entropy_none": lambda x, t: ops.cross_entropy(x, t, reduction="none"),
+    "kl_div": lambda x, t: ops.kl_div(x, x * 0.5),
+    "kl_div_none": lambda x, t: ops.kl_div(x, x * 0.5, reduction="none", beta=1.0),
+    "kl_div_mixture": lambda x, t: ops.kl_div(x, x * 0.5, beta=0.5),
+    "rotary": lambda x, t: ops.rotary(
+        x[None, :, None], x[None, :, None], torch.ones(8, 4), torch.zeros(8, 4), positions=t.abs() % 8
+    )[0],
+    "rotary_packed": lambda x, t: ops.rotary(
+        x[:, None], x[:, None], torch.ones(8, 4), torch.zeros(8, 4), cu_seqlens=torch.tensor([0, 2, 4])
+    )[0],
+    "rms_norm": lambda x, t: ops.rms_norm(x, torch.ones(8)),
+    "layer_norm": lambda x, t: ops.layer_norm(x, torch.ones(8)),
+}
+
+
+def _values(seed):
+    """Rows and targets; those of seed 0 count all."""
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+    return x, torch.tensor([1, 2, 3, 4]) if seed == 0 else torch.tensor([0, -100, 5, 7])
+
+
+@pytest.mark.parametrize("call", VALUE_CALLS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_fake_tensors_have_no_values(call, grad):
+    with FakeTensorMode():
+        x = torch.randn(4, 8, requires_grad=grad)
+        y = VALUE_CALLS[call](x, torch.zeros(4, dtype=torch.int64))
+        assert isinstance(y, FakeTensor) and y.requires_grad == grad
+        if grad:
+            y.sum().backward()
+            assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("call", VALUE_CALLS)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("way", ["make_fx", "jit"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*is deprecated")
+def test_what_is_recorded_depends_on_no_value(call, grad, way):
+    """A recording made with one input gives what the call gives for another."""
+
+    def fn(x, t):
+        y = VALUE_CALLS[call](x, t)
+        return torch.autograd.grad(y.square().sum(), x)[0] if grad and way == "make_fx" else y
+
+    first, (x, t) = _values(0), _values(1)
+    recorded = make_fx(fn) if way == "make_fx" else functools.partial(torch.jit.trace, fn)
+    recorded = recorded(first[0].requires_grad_(grad), first[1]) if way == "make_fx" else recorded(first)
+    if way == "make_fx":
+        reads = [n for n in recorded.graph.nodes if n.target == torch.ops.aten._local_scalar_dense.default]
+        assert not reads
+    with torch.no_grad():
+        got = recorded(x, t)
+    torch.testing.assert_close(got, fn(x.requires_grad_(grad), t))
+
+
+def test_a_mode_that_only_looks_on_changes_nothing():
+    """Counting modes see the calls that run without them: errors that need values too."""
+    with FlopCounterMode(display=False), pytest.raises(ValueError, match=r"cross_entropy: target must be in \[0, 8\)"):
+        ops.cross_entropy(torch.ones(4, 8), torch.full((4,), 9))
