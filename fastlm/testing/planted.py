@@ -23,7 +23,7 @@ def planted_bug(op: str, old: str, new: str, *, backend: str = "triton", file: s
     import fastlm.kernels
 
     target = REGISTRY[op]
-    launchers = [launcher.split(":") if launcher else None for launcher in target.kernels[backend]]
+    launchers = [launcher.split(":") if isinstance(launcher, str) else None for launcher in target.kernels[backend]]
     stem = file or launchers[0][0]
     folder = Path(fastlm.kernels.__path__[0])
     source = (folder / f"{stem}.py").read_text(encoding="utf-8")
