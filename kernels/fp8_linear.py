@@ -1,7 +1,7 @@
 """Linear layer in fp8 e4m3: scales, codes and the chain forward and backward. Plain torch: runs without Triton.
 
 A scale is amax / 448 in fp32, of a row or of the whole matrix; a code is x * (1 / amax * 448), rounded to nearest even and never
-past 448. Every backend makes the same codes, bit for bit.
+past 448; infinity is NaN. Every backend makes the same codes, bit for bit.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def decoded(codes, dtype):
 def quantize(matrix, by_row, given=None):
     """A matrix [N, D] -> codes [N, D] and their scales [N, 1] or [1, 1]."""
     scale, inverse = scale_and_inverse(matrix, by_row, given)
-    return (matrix.to(torch.float32) * inverse).clamp_(-LARGEST, LARGEST).to(CODES), scale
+    scaled = (matrix.to(torch.float32) * inverse).clamp_(-LARGEST, LARGEST)
+    if given is not None:  # else the scale is NaN
+        scaled.masked_fill_(matrix.isinf(), torch.nan)
+    return scaled.to(CODES), scale
 
 
 def weight_scales(weight, weight_scale):

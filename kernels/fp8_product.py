@@ -41,6 +41,13 @@ def _e4m3(x):
 
 
 @triton.jit
+def _codes(x, inverse):
+    """The codes of x * inverse; infinity is NaN, and what only the product takes out of range is 448."""
+    x = x.to(tl.float32)
+    return _e4m3(tl.where(tl.abs(x) == float("inf"), float("nan"), x) * inverse)
+
+
+@triton.jit
 def _magnitude(x):
     """The bits of |x|, as integers in the order of the values; NaN is above infinity."""
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -80,10 +87,10 @@ def _quantize_kernel(
     col = tl.arange(0, BLOCK)
     whole = D // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        tl.store(codes_ptr + start + col, _e4m3(tl.load(x_ptr + start + col).to(tl.float32) * inverse))
+        tl.store(codes_ptr + start + col, _codes(tl.load(x_ptr + start + col), inverse))
     if whole < PADDED:
-        tail = tl.load(x_ptr + whole + col, mask=whole + col < D, other=0.0).to(tl.float32)
-        tl.store(codes_ptr + whole + col, _e4m3(tail * inverse), mask=whole + col < PADDED)
+        tail = tl.load(x_ptr + whole + col, mask=whole + col < D, other=0.0)
+        tl.store(codes_ptr + whole + col, _codes(tail, inverse), mask=whole + col < PADDED)
 
 
 @triton.jit(do_not_specialize=["M"])  # one compile, whatever the batch

@@ -14,6 +14,24 @@ from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
 _SCALINGS = ("row", "tensor")
 
 
+class _StraightThrough(torch.autograd.Function):
+    """The value of `rounded` with the derivative of `exact`, also where that is NaN or infinite."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rounded, exact):
+        return rounded.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, dy
+
+
 def _reference(x, weight, bias, weight_scale, input_scale, by_row):
     """The rounded product, with the derivative of the product that is not rounded."""
     dtype = compute_dtype(x)
@@ -27,7 +45,7 @@ def _reference(x, weight, bias, weight_scale, input_scale, by_row):
         rounded = F.linear(codes.to(dtype) * scale.to(dtype), weight_codes.to(dtype) * scales.to(dtype))
         rounded = rounded.view(*x.shape[:-1], weight.shape[0])
     exact = F.linear(wide, steps.wide_weight(weight, weight_scale, dtype))
-    y = rounded + (exact - exact.detach()).nan_to_num()
+    y = _StraightThrough.apply(rounded, exact)
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 
@@ -184,18 +202,19 @@ def fp8_linear(
         scaling: "row", a scale for each row of x and each row of weight; or "tensor", one for each matrix.
         weight_scale: fp32, of a weight that is given as codes: [F], [F, 1] or one element.
         input_scale: fp32, one element: a scale of x known beforehand (from the calls before), which saves looking for its
-            largest element; what exceeds 448 times it is cut off there.
+            largest element; what exceeds 448 times it is cut off there, but infinity.
         backend: "auto", "reference", "torch" or "triton".
 
     Returns:
         y [..., F] in x's dtype. Sums in fp32. Rounding to e4m3 is to nearest even and saturates: the relative error of an element
-        is at most 1/16 from 1/28672 of its row's largest on. For random normal operands y's error is about 3.7 % of y's
-        root mean square, where a bf16 product's is about 0.3 %. A row of x with NaN or infinity gives NaN (with one scale, all
-        of y).
+        is at most 1/16 from 1/28672 of its row's largest on: of its matrix's largest for "tensor", of 448 input_scale where
+        that is given, and of 1e-12 at least: of a row whose largest is below 1e-12 little or nothing is left. For random
+        normal operands y's error is about 3.7 % of y's root mean square, where a bf16 product's is about 0.3 %. A row of x
+        with NaN or infinity gives NaN; for "tensor" without input_scale all of y.
 
-        The gradient is that of the product that is not rounded (straight through): dx = dy weight, dweight = dy^T x, in
-        x's dtype, dbias the column sums; each in its parameter's dtype and memory order, none for codes and scales.
-        Saved for it: x and the parameters. Under autocast x is taken in autocast's dtype.
+        The gradient is that of the product that is not rounded (straight through, whatever x holds): dx = dy weight,
+        dweight = dy^T x, in x's dtype, dbias the column sums; each in its parameter's dtype and memory order, none for codes
+        and scales. Saved for it: x and the parameters. Under autocast x is taken in autocast's dtype.
 
     Raises:
         ValueError: shapes that do not fit, a scaling that is unknown, a weight in codes without scale, an unknown or
