@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.nn.replace import Report
 from fastlm.ops._op import at_once
-from fastlm.ops.quantize import QuantizedWeight, dequantize_weight, quantize_weight
+from fastlm.ops.quantize import QuantizedWeight, dequantize_weight, quantize_weight, zero_weight
 from fastlm.ops.quantized_cpu import BF16_ROWS, PackedInt4
 
 
@@ -50,14 +50,11 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        zeros = torch.zeros(out_features, in_features)
-        q = quantize_weight(zeros, bits, group_size, symmetric, scale_dtype)
-        made = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
-        self._take(q, made, torch.empty(0, dtype=dtype or torch.get_default_dtype()))
-        if made is not None:
-            self.to(dtype or torch.get_default_dtype())
-        if device is not None:
-            self.to(device)
+        q = zero_weight(out_features, in_features, bits, group_size, symmetric, scale_dtype, device)
+        made = (
+            nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
+        )
+        self._take(q, made, torch.empty(0, device=device, dtype=dtype))
 
     def _take(self, q: QuantizedWeight, bias: nn.Parameter | None, like: Tensor) -> None:
         self.bits, self.group_size, self.in_features, self.out_features = q.bits, q.group_size, q.columns, len(q.codes)
@@ -87,14 +84,15 @@ class QuantizedLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"QuantizedLinear: linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        return cls._made(linear.weight, linear.bias, bits, group_size, symmetric, scale_dtype)
+        return cls._made(linear, linear.weight, bits, group_size, symmetric, scale_dtype)
 
     @classmethod
-    def _made(cls, weight: Tensor, bias: nn.Parameter | None, *format: Any) -> QuantizedLinear:
+    def _made(cls, layer: nn.Module | None, weight: Tensor, *format: Any) -> QuantizedLinear:
         made = cls.__new__(cls)
         nn.Module.__init__(made)
+        bias = None if layer is None else layer.bias
         made._take(quantize_weight(weight.detach(), *format), bias, weight.new_empty(0))
-        return made
+        return made if layer is None else made.train(layer.training)
 
     @property
     def weight(self) -> Tensor:
@@ -163,6 +161,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        self.__dict__.pop("_packed", None)
         scale = self.scale
         super()._apply(fn, recurse)
         if self.scale.dtype != scale.dtype:  # .half() is meant for activations
@@ -193,17 +192,29 @@ class QuantizeReport(Report):
         return f"{super().__str__()}\n{self.bytes_before:,} bytes of weights are {self.bytes_after:,} now"
 
     def undo(self) -> None:
-        """Puts the original layers back, bit for bit. What has taken the place of ours since is left alone."""
+        """Puts the original layers back. What has taken the place of ours since is left alone.
+
+        Bit for bit if nothing was cast in between: an original takes the dtype and the device that our layer has by now.
+        """
         for parent, name, before, ours in self._swapped:
             module = parent()
             if module is None:
                 continue
-            if before is None:
+            if name == _HEAD:
                 if module.__dict__.get(name) is ours:
                     del module.__dict__[name]
+                    if before is not None:
+                        module.__dict__[name] = before
             elif module._modules.get(name) is ours:
-                module._modules[name] = before
+                like = ours._like
+                if (before.weight.dtype, before.weight.device) != (like.dtype, like.device):
+                    before.to(like)
+                module._modules[name] = before.train(ours.training)
         self._swapped.clear()
+
+
+_HEAD = "quantized_head"  # not a submodule: it would be in the state dict
+_SKIP = ("head", "lm_head")
 
 
 def quantize_(
@@ -213,7 +224,7 @@ def quantize_(
     *,
     symmetric: bool = True,
     scale_dtype: torch.dtype = torch.float32,
-    skip: Sequence[str] = ("head", "lm_head"),
+    skip: Sequence[str] = _SKIP,
     tied: bool = False,
 ) -> QuantizeReport:
     """Turns every torch.nn.Linear of a model into a QuantizedLinear, in place; `undo()` of what it returns puts them back.
@@ -226,19 +237,26 @@ def quantize_(
         model: the model. Its name for a layer does not change, its state dict has `codes`, `scale` (and `zero`) for `weight`.
         bits, group_size, symmetric, scale_dtype: see QuantizedLinear.
         skip: layers whose name, or last part of it, is one of these are kept; ("head", "lm_head") spares the output layer, which
-            is the most sensitive one.
+            is the most sensitive one. A name that no layer has stands in the report's `kept`.
         tied: True gives a layer whose weight another module shares codes of its own, and to a fastlm Transformer with tied
             embeddings a quantised copy of its output matrix, `model.quantized_head`, with which a CPU decodes (it is not in the
             state dict, and does not follow the embedding if that is trained on). A `skip` of its name still spares the layer.
+            A model of transformers whose tied lm_head became codes must not call tie_weights() any more (resizing the
+            embedding, from_pretrained and save_pretrained may): it looks for the weight that is gone. undo() first.
 
     Returns:
         A QuantizeReport. It holds the original layers, for undo(): their memory is free as soon as it is dropped.
 
     Raises:
-        TypeError: model is not an nn.Module. ValueError: a weight with an inf or NaN, by name; nothing was changed then.
+        TypeError: model is not an nn.Module, or is itself a torch.nn.Linear; skip is a string.
+        ValueError: a weight with an inf or NaN, by name; nothing was changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.Linear):
+        raise TypeError("quantize_: model is itself a torch.nn.Linear; take nn.QuantizedLinear.from_linear(model)")
+    if isinstance(skip, str):
+        raise TypeError(f"quantize_: skip must be a sequence of names, got the string {skip!r}; write ({skip!r},)")
     report, format = QuantizeReport(), (bits, group_size, symmetric, scale_dtype)
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
@@ -256,18 +274,20 @@ def quantize_(
                 report.kept[full] = f"{type(layer).__name__}: {reason}"
                 continue
             if id(layer) not in made:
-                made[id(layer)] = _named(full, weight, layer.bias, format)
+                made[id(layer)] = _named(full, layer, weight, format)
                 _count(report, weight, made[id(layer)])
             report.replaced[full] = f"{type(layer).__name__}: QuantizedLinear of {bits} bits"
             report._swapped.append((weakref.ref(parent), name, layer, made[id(layer)]))
     if tied and "head" not in skip and getattr(getattr(model, "config", None), "tie_embeddings", False):
         head = getattr(model, "head_weight", None)
         if isinstance(head, Tensor):
-            ours = _named("quantized_head", head, None, format)
-            report.replaced["quantized_head"] = f"tied output matrix: QuantizedLinear of {bits} bits beside it"
-            report._swapped.append((weakref.ref(model), "quantized_head", None, ours))
-    for parent, name, before, ours in report._swapped:
-        if before is None:
+            ours = _named(_HEAD, None, head, format)
+            report.replaced[_HEAD] = f"tied output matrix: QuantizedLinear of {bits} bits beside it"
+            report._swapped.append((weakref.ref(model), _HEAD, vars(model).get(_HEAD), ours))
+    seen = {part for full in (*report.kept, *report.replaced) for part in (full, full.rsplit(".", 1)[-1])}
+    report.kept.update({name: "no layer has this name of skip" for name in skip if name not in (*seen, *_SKIP)})
+    for parent, name, _, ours in report._swapped:
+        if name == _HEAD:
             parent().__dict__[name] = ours
         else:
             parent()._modules[name] = ours
@@ -283,6 +303,12 @@ def _weight_of(layer: nn.Module | None) -> Tensor | None:
     return None
 
 
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+
+
 def _why_kept(name: str, layer: nn.Module, skip: Sequence[str], tied: bool, owners: dict[int, list]) -> str | None:
     if name in skip or name.rsplit(".", 1)[-1] in skip:
         return "its name is in skip"
@@ -290,15 +316,15 @@ def _why_kept(name: str, layer: nn.Module, skip: Sequence[str], tied: bool, owne
         return "not exactly a torch.nn.Linear"
     if type(layer.weight) is not nn.Parameter or not layer.weight.is_floating_point() or layer.weight.is_meta:
         return "its weight is not a plain floating point tensor"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer):
+    if any(getattr(layer, hooks, None) for hooks in _HOOKS) or "forward" in vars(layer):
         return "it has hooks or a forward of its own"
     others = [] if tied else [other for other, module in owners[id(layer.weight)] if module is not layer]
     return f"{others[0]} is the same weight" if others else None
 
 
-def _named(name: str, weight: Tensor, bias: nn.Parameter | None, format: tuple) -> QuantizedLinear:
+def _named(name: str, layer: nn.Module | None, weight: Tensor, format: tuple) -> QuantizedLinear:
     try:
-        return QuantizedLinear._made(weight, bias, *format)
+        return QuantizedLinear._made(layer, weight, *format)
     except ValueError as error:
         raise ValueError(f"quantize_: {name}: {error}") from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,29 @@ def quantize_weight(
     )
 
 
+def zero_weight(
+    N: int,
+    K: int,
+    bits: int = 8,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype = torch.float32,
+    device: Any = None,
+) -> QuantizedWeight:
+    """What `quantize_weight` makes of zeros [N, K], without them: on any device, meta too. Arguments and errors as there."""
+    _check_numbers(bits, group_size, scale_dtype)
+    low, high = _RANGES[bits, symmetric]
+    code = (low + high) // 2 if symmetric else low
+    count = -(-K // group_size) if group_size else 1
+    shape = (N,) if group_size is None else (N, count)
+    kind = torch.int8 if bits == 8 else torch.uint8
+    width, code_bytes = (K, code) if bits == 8 else (count * group_size // 2, code + 16 * code)
+    codes = torch.full((N, width), code_bytes, dtype=kind, device=device)
+    scale = torch.full(shape, torch.finfo(torch.float32).tiny, dtype=scale_dtype, device=device)
+    zero = None if symmetric else torch.full(shape, low, dtype=kind, device=device)
+    return QuantizedWeight(codes, scale, zero, bits, group_size, K)
+
+
 def dequantize_weight(
     codes: Tensor,
     scale: Tensor,
@@ -173,6 +196,10 @@ def _check_format(weight: Tensor, bits: int, group_size: int | None, scale_dtype
         raise ValueError(f"quantize_weight: weight must be [N, K], got {list(weight.shape)}")
     if not weight.is_floating_point():
         raise TypeError(f"quantize_weight: weight must be floating point, got {weight.dtype}")
+    _check_numbers(bits, group_size, scale_dtype)
+
+
+def _check_numbers(bits: int, group_size: int | None, scale_dtype: torch.dtype) -> None:
     if bits not in (4, 8):
         raise ValueError(f"quantize_weight: bits must be 8 or 4, got {bits!r}")
     if group_size not in GROUPS and not (group_size is None and bits == 8):

@@ -94,7 +94,36 @@ def test_errors():
     layer.merge()
     with torch.no_grad(), pytest.raises(TypeError, match="x must be floating point, got torch.int64"):
         layer(torch.ones(4, 12, dtype=torch.int64))
-    with pytest.raises(TypeError, match="LoRALinear: linear must be a torch.nn.Linear, got ReLU"):
+    with pytest.raises(TypeError, match="LoRALinear: linear must be a torch.nn.Linear or nn.QuantizedLinear, got ReLU"):
         nn.LoRALinear(torch.nn.ReLU(), 2)
     with pytest.raises(ValueError, match="LoRALinear: rank must be at least 1, got 0"):
         nn.LoRALinear(torch.nn.Linear(2, 2), 0)
+
+
+@pytest.mark.parametrize("bits, group", [(8, None), (4, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_over_codes(bits, group, dtype):
+    base = nn.QuantizedLinear.from_linear(torch.nn.Linear(40, 10, dtype=dtype), bits, group)
+    layer = nn.LoRALinear(base, 3, 8.0)
+    torch.nn.init.normal_(layer.b)
+    x, saved = torch.randn(2, 3, 40, dtype=dtype, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert all(t.shape != (10, 40) or t.dtype == torch.int8 for t in saved)  # no dequantised weight
+    plain = base.dequantize().to(torch.float64).requires_grad_(False)
+    wide = [t.detach().double().requires_grad_() for t in (x, layer.a, layer.b)]
+    want = plain(wide[0]) + 8 / 3 * (wide[0] @ wide[1].t() @ wide[2].t())
+    room = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    torch.testing.assert_close(y.double(), want, **room)
+    got = torch.autograd.grad(y.sum(), (x, layer.a, layer.b))
+    for g, w in zip(got, torch.autograd.grad(want.sum(), wide)):
+        torch.testing.assert_close(g.double(), w, rtol=room["rtol"], atol=room["atol"] * 4)
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["a", "b"] and layer.a.dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer(x[0, 0]).shape == (10,) and layer(x[:0]).shape == (0, 3, 10)
+    with pytest.raises(TypeError, match="the base is a QuantizedLinear, .* take to_linear()"):
+        layer.merge()
+    assert layer.merged_weight is None
+    exact = plain.weight + 8 / 3 * layer.b.double() @ layer.a.double()
+    torch.testing.assert_close(layer.to_linear().weight.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)

@@ -8,11 +8,12 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlm import nn, ops
 from fastlm.models import Transformer, TransformerConfig
 from fastlm.ops import _native
-from fastlm.ops.quantize import dequantize_weight
+from fastlm.ops.quantize import dequantize_weight, quantize_weight
 from fastlm.testing import assert_accurate
 
 FORMATS = [(8, None), (8, 64), (4, 32), (4, 128)]
@@ -83,26 +84,13 @@ def test_the_gradient_goes_to_the_input(rows, dtype):
     assert layer.bias.requires_grad == linear.bias.requires_grad
 
 
-class Adapted(torch.nn.Module):
-    """A QuantizedLinear with a low-rank update (QLoRA)."""
-
-    def __init__(self, base, rank):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.a = torch.nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
-        self.b = torch.nn.Parameter(torch.zeros(base.out_features, rank))
-
-    def forward(self, x):
-        return self.base(x) + x @ self.a.t() @ self.b.t()
-
-
 @pytest.mark.parametrize("bits, group", [(8, None), (4, 32)])
 def test_an_adapter_over_it_trains(bits, group):
     torch.manual_seed(0)
     model = torch.nn.Sequential(
-        Adapted(nn.QuantizedLinear.from_linear(torch.nn.Linear(16, 32), bits, group), 4),
+        nn.LoRALinear(nn.QuantizedLinear.from_linear(torch.nn.Linear(16, 32), bits, group), 4),
         torch.nn.ReLU(),
-        Adapted(nn.QuantizedLinear.from_linear(torch.nn.Linear(32, 4), bits, group), 4),
+        nn.LoRALinear(nn.QuantizedLinear.from_linear(torch.nn.Linear(32, 4), bits, group), 4),
     )
     x, y = torch.randn(64, 16), torch.randn(64, 4)
     before = {k: v.clone() for k, v in model.state_dict().items() if "base" in k}
@@ -335,3 +323,74 @@ def test_values_follow_the_contract_of_dequantize_weight():
     assert torch.equal(layer.weight, want)
     y = ops.quantized_linear(torch.eye(70), layer.codes, layer.scale, bits=4, group_size=32)
     torch.testing.assert_close(y.t(), want)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits, group", FORMATS)
+def test_a_fresh_layer_is_zeros_quantised_and_needs_no_memory(bits, group, symmetric):
+    q = quantize_weight(torch.zeros(12, 70), bits, group, symmetric)
+    options = {"bits": bits, "group_size": group, "symmetric": symmetric}
+    fresh = nn.QuantizedLinear(70, 12, **options)
+    for name in ("codes", "scale", "zero")[: 3 - symmetric]:
+        assert torch.equal(getattr(fresh, name), getattr(q, name))
+    with torch.device("meta"):
+        layers = [nn.QuantizedLinear(70, 12, **options)]
+    with FakeTensorMode():
+        layers.append(nn.QuantizedLinear(70, 12, dtype=torch.bfloat16, **options))
+    layers.append(nn.QuantizedLinear(1 << 20, 1 << 20, device="meta", **options))  # 1 TB
+    for layer in layers[:2]:
+        assert {k: (v.shape, v.dtype) for k, v in layer.state_dict().items() if k != "bias"} == {
+            k: (v.shape, v.dtype) for k, v in fresh.state_dict().items() if k != "bias"
+        }
+    assert layers[0].codes.is_meta and layers[2].bias.is_meta and layers[1].bias.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_undo_after_a_cast_and_a_change_of_mode(dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8, bias=False).eval())
+    weight = model[0].weight.detach().clone()
+    report = nn.quantize_(model)
+    assert model[0].training and not model[1].training
+    model.eval().to(dtype)
+    report.undo()
+    assert type(model[0]) is torch.nn.Linear and not model[0].training
+    assert torch.equal(model[0].weight, weight.to(dtype)) and model[1].weight.dtype == dtype == model[0].bias.dtype
+    assert model(torch.randn(2, 8, dtype=dtype)).dtype == dtype
+    report = nn.quantize_(model)
+    model.to("meta")
+    report.undo()
+    assert model[0].weight.is_meta
+
+
+def test_names_in_skip():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    with pytest.raises(TypeError, match=r"skip must be a sequence of names, got the string 'head'; write \('head',\)"):
+        nn.quantize_(model, skip="head")
+    report = nn.quantize_(model, skip=("1", "gate"))
+    assert report.kept["gate"] == "no layer has this name of skip" and "its name is in skip" in report.kept["1"]
+    assert not nn.quantize_(model).kept
+    with pytest.raises(TypeError, match="itself a torch.nn.Linear; take nn.QuantizedLinear.from_linear"):
+        nn.quantize_(torch.nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_full_backward_pre_hook", "register_full_backward_hook", "register_state_dict_pre_hook",
+        "register_state_dict_post_hook", "register_load_state_dict_pre_hook", "register_load_state_dict_post_hook",
+    ],
+)  # fmt: skip
+def test_layers_with_hooks_of_any_kind_are_kept(register):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    getattr(model[0], register)(lambda *_: None)
+    assert "hooks" in nn.quantize_(model).kept["0"]
+
+
+def test_undo_restores_the_quantised_head_before():
+    model = tiny(tie_embeddings=True)
+    nn.quantize_(model, skip=(), tied=True)
+    first = model.quantized_head
+    report = nn.quantize_(model, 4, 32, skip=(), tied=True)
+    assert model.quantized_head is not first
+    report.undo()
+    assert model.quantized_head is first
