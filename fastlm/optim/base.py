@@ -142,7 +142,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if found_inf.item():
                     return loss
                 found_inf = None
-        streams = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        streams: dict[Tensor, int] = {}
+        if any(group.get("precision") == "stochastic" or group.get("state_bits") == 8 for group in self.param_groups):
+            streams = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         for group, params, step in self._counted(found_inf):
             for same in self._alike(group, params):
                 self._launch(group, same, step, scale, found_inf, streams)
@@ -187,11 +189,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
         return scale, found_inf
 
-    def _prepare(self, group: dict[str, Any]) -> None:
-        """Completes the states of parameters with a gradient that are new, or whose group's options have changed."""
+    def _prepare(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Completes the states of those of these parameters that are new, or whose group's options have changed."""
         options = (self._moments(group), *map(group.get, storage.STORED), group.get("average_decay") is None)
-        changed = [p for p in group["params"] if p.grad is not None and self._prepared.get(p) != options]
-        changed += [p for p in group["params"] if p.grad is not None and p in self._prepared and not self.state.get(p)]
+        changed = [p for p in params if self._prepared.get(p) != options]
         if not changed:
             return
         self._validate(group)
@@ -212,12 +213,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         sharing: dict[int, dict[tuple, list[Tensor]]] = {}
         for number, group in enumerate(self.param_groups):
-            self._prepare(group)
+            self._prepare(group, [p for p in group["params"] if p.grad is not None])
             for p in group["params"]:
-                step = self.state[p].get("step") if p.grad is not None else self.state.get(p, {}).get("step")
-                if step is not None:
-                    key = (number, p.grad is not None, p.device)
-                    sharing.setdefault(id(step), {}).setdefault(key, []).append(p)
+                moves, state = p.grad is not None, self.state.get(p)
+                if moves and not state:  # the user has emptied it
+                    self._prepared.pop(p)
+                    self._prepare(group, [p])
+                    state = self.state[p]
+                if state and "step" in state:
+                    sharing.setdefault(id(state["step"]), {}).setdefault((number, moves, p.device), []).append(p)
         for parts in sharing.values():
             for (number, moves, device), params in parts.items():
                 if not moves:

@@ -306,3 +306,12 @@ def test_muon_groups_know_heads_and_positions():
         ["composition", "scores"],
         ["score", "classifier", "position_bias"],
     ]
+
+
+def test_an_emptied_state_begins_again():
+    params = _params(4, 4)
+    optimizer = optim.AdamW(params, 0.1)
+    _step(optimizer, params, 0)
+    optimizer.state[params[0]].clear()
+    _step(optimizer, params, 1)
+    assert [int(optimizer.state[p]["step"]) for p in params] == [1, 2]
