@@ -83,33 +83,19 @@ def test_a_tensor_on_another_device(op, grad, backend):
                 getattr(ops, op)(x, **{**others, name: t.to("meta")}, **option, backend=backend)
 
 
-def _rows(dtype, *shape):
-    return torch.randn(shape, device="cpu").to(dtype).requires_grad_()
-
-
 DEVICE_CALLS = {
-    "rms_norm": lambda dtype: ops.rms_norm(_rows(dtype, 3000, 128), _rows(dtype, 128)),
-    "rms_norm_residual": lambda dtype: ops.rms_norm(_rows(dtype, 4, 8), _rows(dtype, 8), residual=_rows(dtype, 4, 8))[
-        0
-    ],
-    "layer_norm": lambda dtype: ops.layer_norm(_rows(dtype, 400, 128), _rows(dtype, 128), _rows(dtype, 128)),
-    "layer_norm_bare": lambda dtype: ops.layer_norm(_rows(dtype, 4, 8)),
-    "softmax": lambda dtype: ops.softmax(
-        _rows(dtype, 2, 64, 64), mask=torch.ones(64, 64, dtype=torch.bool, device="cpu")
-    ),
-    "softmax_large": lambda dtype: ops.softmax(_rows(dtype, 1100, 256), scale=0.3),
-    "cross_entropy": lambda dtype: ops.cross_entropy(
-        _rows(dtype, 4, 8), torch.zeros(4, dtype=torch.int64, device="cpu")
-    ),
-    "kl_div": lambda dtype: ops.kl_div(_rows(dtype, 4, 8), _rows(dtype, 4, 8)),
-    "kl_div_mixture": lambda dtype: ops.kl_div(_rows(dtype, 4, 8), _rows(dtype, 4, 8), beta=0.5),
-    "rotary": lambda dtype: ops.rotary(
-        _rows(dtype, 1, 4, 2, 8), _rows(dtype, 1, 4, 2, 8), *torch.randn(2, 4, 4, device="cpu")
-    )[0],
-    "mlp": lambda dtype: ops.mlp(_rows(dtype, 4, 8), _rows(dtype, 8, 8), _rows(dtype, 8, 8), recompute=True),
-    "lora_linear": lambda dtype: ops.lora_linear(
-        _rows(dtype, 1100, 8), _rows(dtype, 64, 8), _rows(dtype, 2, 8), _rows(dtype, 64, 2)
-    ),
+    "rms_norm": lambda rows: ops.rms_norm(rows(3000, 128), rows(128)),
+    "rms_norm_residual": lambda rows: ops.rms_norm(rows(4, 8), rows(8), residual=rows(4, 8))[0],
+    "layer_norm": lambda rows: ops.layer_norm(rows(400, 128), rows(128), rows(128)),
+    "layer_norm_bare": lambda rows: ops.layer_norm(rows(4, 8)),
+    "softmax": lambda rows: ops.softmax(rows(8, 64, 64), mask=torch.ones(64, 64, dtype=torch.bool, device="cpu")),
+    "softmax_large": lambda rows: ops.softmax(rows(1100, 256), scale=0.3),
+    "cross_entropy": lambda rows: ops.cross_entropy(rows(4, 8), torch.zeros(4, dtype=torch.int64, device="cpu")),
+    "kl_div": lambda rows: ops.kl_div(rows(4, 8), rows(4, 8)),
+    "kl_div_mixture": lambda rows: ops.kl_div(rows(4, 8), rows(4, 8), beta=0.5),
+    "rotary": lambda rows: ops.rotary(rows(1, 4, 2, 8), rows(1, 4, 2, 8), *torch.randn(2, 4, 4, device="cpu"))[0],
+    "mlp": lambda rows: ops.mlp(rows(4, 8), rows(8, 8), rows(8, 8), recompute=True),
+    "lora_linear": lambda rows: ops.lora_linear(rows(1100, 8), rows(64, 8), rows(2, 8), rows(64, 2)),
 }
 
 
@@ -117,18 +103,26 @@ DEVICE_CALLS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_default_device_decides_nothing(call, dtype):
     """Under `with torch.device("meta")`, as where a model is built without memory, results stay where the inputs are."""
-    torch.manual_seed(0)
-    want = DEVICE_CALLS[call](dtype)
-    want.sum().backward()
-    torch.manual_seed(0)
+
+    def run():
+        torch.manual_seed(0)
+        leaves = []
+
+        def rows(*shape):
+            leaves.append(torch.randn(shape, device="cpu").to(dtype).requires_grad_())
+            return leaves[-1]
+
+        y = DEVICE_CALLS[call](rows)
+        y.square().sum().backward()
+        with torch.no_grad():
+            values = DEVICE_CALLS[call](rows)
+        return [y.detach(), values, *(t.grad for t in leaves if t.grad is not None)]
+
+    want = run()
     with torch.device("meta"):
-        got = DEVICE_CALLS[call](dtype)
-        assert got.device.type == "cpu"
-        total = got.sum()
-        total.backward()
-    with torch.no_grad(), torch.device("meta"):
-        assert DEVICE_CALLS[call](dtype).device.type == "cpu"
-    assert torch.equal(got, want)
+        got = run()
+    assert [t.device.type for t in got] == ["cpu"] * len(want)
+    assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.parametrize("tokens", [3, 400], ids=["few", "many"])
