@@ -76,13 +76,18 @@ def quantize_weight(
     if symmetric:
         zero = None
         scale = (values.abs().amax(-1, keepdim=True) / ((high - low) // 2)).clamp_(min=tiny).to(scale_dtype)
+        scale = _finite(scale, values)
         middle = (high + low) // 2
     else:
         least, most = values.amin(-1, keepdim=True).clamp_(max=0), values.amax(-1, keepdim=True).clamp_(min=0)
         # Divided first: the difference of the two may be beyond fp32.
         scale = (most / (high - low) - least / (high - low)).clamp_(min=tiny).to(scale_dtype)
+        scale = _finite(scale, values)
         middle = zero = (low - least / scale.float()).round_().clamp_(low, high)
     codes = (values / scale.float()).round_().add_(middle).clamp_(low, high)
+    if zero is not None:  # a zero point that was rounded may put the largest numbers that there are a code too far out
+        steps = codes - zero
+        codes.sub_(steps.sign().mul_((steps * scale.float()).isinf()))
     whole = codes.view(N, count * width)
     kind = torch.int8 if bits == 8 else torch.uint8
     stored = whole[:, :K].to(kind).contiguous() if bits == 8 else pack_int4(whole.to(kind), group_size)
@@ -90,6 +95,13 @@ def quantize_weight(
     return QuantizedWeight(
         stored, scale.reshape(shape), None if zero is None else zero.to(kind).reshape(shape), bits, group_size, K
     )
+
+
+def _finite(scale, values):
+    """Scales a step smaller where one that was rounded up gives inf for the largest value: of groups near fp32's largest."""
+    largest = values.abs().amax(-1, keepdim=True)
+    beyond = ((largest / scale.float()).round_() * scale.float()).isinf()
+    return torch.where(beyond, scale * (1 - torch.finfo(scale.dtype).eps), scale)
 
 
 def zero_weight(
@@ -171,8 +183,10 @@ def pack_int4(codes: Tensor, group_size: int) -> Tensor:
         uint8 [N, K / 2].
 
     Raises:
-        ValueError: K is not a multiple of group_size.
+        ValueError: codes is not a matrix, group_size not an even number above 0, or K not a multiple of it. TypeError: codes are
+        not uint8. Codes beyond 15 are not looked for.
     """
+    _check_packing("pack_int4", codes, group_size)
     N, K = codes.shape
     if K % group_size:
         raise ValueError(f"pack_int4: K = {K} must be a multiple of group_size {group_size}; fill up the last group")
@@ -182,6 +196,7 @@ def pack_int4(codes: Tensor, group_size: int) -> Tensor:
 
 def unpack_int4(packed: Tensor, group_size: int) -> Tensor:
     """The codes uint8 [N, K] of bytes [N, K / 2]: the inverse of `pack_int4`."""
+    _check_packing("unpack_int4", packed, group_size)
     N, half = packed.shape
     if half * 2 % group_size:
         raise ValueError(
@@ -189,6 +204,15 @@ def unpack_int4(packed: Tensor, group_size: int) -> Tensor:
         )
     grouped = packed.reshape(N, half * 2 // group_size, 1, group_size // 2)
     return torch.cat((grouped & 15, grouped >> 4), 2).reshape(N, half * 2)
+
+
+def _check_packing(name: str, codes: Tensor, group_size: int) -> None:
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"{name}: codes must be torch.uint8, got {codes.dtype}")
+    if codes.ndim != 2:
+        raise ValueError(f"{name}: codes must be a matrix, got {list(codes.shape)}")
+    if not isinstance(group_size, int) or group_size < 2 or group_size % 2:
+        raise ValueError(f"{name}: group_size must be an even number above 0, got {group_size!r}")
 
 
 def _check_format(weight: Tensor, bits: int, group_size: int | None, scale_dtype: torch.dtype) -> None:

@@ -111,6 +111,21 @@ def test_a_bf16_scale_is_the_one_that_the_codes_were_made_for():
             assert torch.equal(codes_of(q), rounded.clamp(-7, 7).long() + 8)
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits, group", FORMATS)
+def test_the_largest_numbers_stay_finite(bits, group, symmetric, scale_dtype):
+    most = torch.finfo(torch.float32).max
+    weight = torch.stack((torch.full((64,), most), torch.full((64,), -most), torch.linspace(-1, 1, 64) * most))
+    q = quantize_weight(weight, bits, group, symmetric, scale_dtype)
+    got = dequantize_weight(q.codes, q.scale, q.zero, bits=bits, group_size=group, columns=64)
+    assert got.isfinite().all()
+    step = q.scale.double().reshape(3, -1).amax(1, keepdim=True)
+    # A bf16 scale that was rounded down leaves the largest weights beyond the last code, by 2^-7 of them at most.
+    room = 2**-7 * most if scale_dtype == torch.bfloat16 else 0
+    assert ((got.double() - weight.double()).abs() <= 0.5 * (1 + 1e-4) * step * (1 if symmetric else 2) + room).all()
+
+
 def test_strides_and_empty_matrices():
     weight = torch.randn(40, 12)
     q, want = quantize_weight(weight.t(), 4, 32), quantize_weight(weight.t().contiguous(), 4, 32)
@@ -145,5 +160,14 @@ def test_errors():
         quantize_weight(weight, scale_dtype=torch.float16)
     with pytest.raises(ValueError, match="pack_int4: K = 40 must be a multiple of group_size 32"):
         pack_int4(torch.zeros(2, 40, dtype=torch.uint8), 32)
+    for function in (pack_int4, unpack_int4):
+        name = function.__name__
+        with pytest.raises(TypeError, match=f"{name}: codes must be torch.uint8, got torch.int64"):
+            function(torch.zeros(2, 32, dtype=torch.int64), 32)
+        with pytest.raises(ValueError, match=rf"{name}: codes must be a matrix, got \[32\]"):
+            function(torch.zeros(32, dtype=torch.uint8), 32)
+        for size in (0, 3, None):
+            with pytest.raises(ValueError, match=f"{name}: group_size must be an even number above 0, got {size}"):
+                function(torch.zeros(2, 96, dtype=torch.uint8), size)
     with pytest.raises(ValueError, match="unpack_int4: 20 bytes a row are not whole groups of 32"):
         unpack_int4(torch.zeros(2, 20, dtype=torch.uint8), 32)
