@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests and measures fastlm on a GPU machine that has its own torch and triton and no network, within nine minutes.
 #
-#   benchmarks/gpu.sh [--dry] [--wheel FILE] [--only correctness|ops|attention|models]... [OUTDIR]
+#   benchmarks/gpu.sh [--dry] [--wheel FILE] [--only conformance|correctness|ops|attention|models]... [OUTDIR]
 #
 # Installs the checkout (or FILE) without dependencies into a temporary folder, runs the op tests compiled, then the op benchmarks,
 # then whole models, as far as the time goes, and prints a short table last. --only takes a part (several allowed). OUTDIR (default
@@ -18,8 +18,8 @@ while [ $# -gt 0 ]; do
     --wheel) wheel="$(realpath "$2")"; shift ;;
     --only)
       case "${2:-}" in
-        correctness|ops|attention|models) only="$only $2"; shift ;;
-        *) echo "gpu.sh: --only takes correctness, ops, attention or models, not '${2:-}'" >&2; exit 2 ;;
+        conformance|correctness|ops|attention|models) only="$only $2"; shift ;;
+        *) echo "gpu.sh: --only takes conformance, correctness, ops, attention or models, not '${2:-}'" >&2; exit 2 ;;
       esac ;;
     -h|--help) sed -n '2,9p' "$0" | cut -c3-; exit 0 ;;
     -*) echo "gpu.sh: unknown option $1; see --help" >&2; exit 2 ;;
@@ -120,6 +120,7 @@ measure() { timed "$1" benchmarks run --op "$@" --suite "$suite" "${options[@]}"
 # First every op without torch.compile, whose own compiling takes most of the time; then the models; then every op with it, as far as
 # time allows; last attention beside FlexAttention, which is torch.compile too. The table takes the latest pass there is, so that
 # what it compares was measured in one process.
+[[ " $only " == *" conformance "* ]] && say "conformance: csrc/ has no such program yet; nothing was run"
 wants correctness && check
 ops=""
 for op in $("$python" -m benchmarks run --list); do
