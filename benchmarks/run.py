@@ -20,7 +20,7 @@ from benchmarks.tables import table
 
 COMPILED = ("torch.compile", "compiled", "flex")  # the names under which benchmark files have what torch compiles
 SECONDS = {"tiny": 0.01, "quick": 0.3, "full": 1.0}  # per size, dtype and mode
-CPU_SHARE = 0.5  # of that on a CPU, where the quick suite is to end within five minutes
+CPU_SHARE = 0.3  # of that on a CPU, where the quick suite is to end within five minutes
 
 
 def ops_with_benchmarks() -> list[str]:

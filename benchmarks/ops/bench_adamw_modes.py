@@ -115,7 +115,7 @@ BENCH = Bench(
     providers=[*ours("adamw_", by_us), plain(by_torch)],
     sizes={
         "tiny": [{"layers": 1, "D": 16, "V": 40, "mode": mode} for mode in MODES],
-        "cpu": [{"layers": 6, "D": 384, "V": 8192, "mode": mode} for mode in MODES],
+        "cpu": [{"layers": 2, "D": 384, "V": 2048, "mode": mode} for mode in MODES],
         "quick": [size | {"mode": mode} for size in (SMALL, LARGE) for mode in MODES],
     },
     traffic=traffic,
