@@ -26,7 +26,8 @@ def test_help_and_unknown_option():
     assert done.returncode == 2 and done.stderr.strip() == "gpu.sh: unknown option --fast; see --help"
     done = _run("--only", "everything")
     assert (
-        done.returncode == 2 and "--only takes conformance, correctness, ops, attention or models, not 'everything'" in done.stderr
+        done.returncode == 2
+        and "--only takes conformance, correctness, ops, attention or models, not 'everything'" in done.stderr
     )
 
 
