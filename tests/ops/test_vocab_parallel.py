@@ -4,9 +4,7 @@ Run by the test as `test_vocab_parallel.py RANK FOLDER` too: every check, as JSO
 """
 
 import json
-import os
 import random
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -20,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script
 from fastlm import ops
 from fastlm.ops import vocab_parallel
 from tests.ops.test_linear_cross_entropy_options import COMBINATIONS, _chosen, _covering, _tensors
+from tests.two_ranks import results_of, run_both
 
 ROWS, WIDTH, CLASSES = 7, 8, 150
 PARTS = {"even": (75, 75), "uneven": (130, 20), "one class": (149, 1)}
@@ -211,24 +210,8 @@ def main(rank: int, folder: Path) -> None:
 def results(tmp_path_factory):
     """name of a check -> None or its traceback, of both processes; one pair of processes runs them all."""
     folder = tmp_path_factory.mktemp("two")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    run_both(__file__, folder)
+    return results_of(folder)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, on the CPU")

@@ -1,7 +1,5 @@
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from fastlm.errors import UserError
 from fastlm.ops.newton_schulz import POLAR_EXPRESS, QUINTIC
 from fastlm.optim import AdamW, Muon, muon_groups
 from fastlm.testing import assert_accurate
+from tests.two_ranks import run_both
 
 SHAPES = [(12, 8), (8, 12), (12, 8), (6, 6), (12, 8)]
 OPTIONS = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9}
@@ -356,15 +355,4 @@ def test_errors():
 
 def test_two_processes_equal_one(tmp_path):
     """FSDP2 on gloo; see two_processes_muon.py."""
-    script = Path(__file__).with_name("two_processes_muon.py")
-    both = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path)], stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True)
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
+    run_both(Path(__file__).with_name("two_processes_muon.py"), tmp_path)
