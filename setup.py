@@ -78,7 +78,7 @@ def library_extension():
     except build_library.CannotBuild as error:
         print(f"fastlm: {build_library.NAME} is not built although FASTLM_CUDA=1 is set: {error}")
         return []
-    return [Extension(LIBRARY, ["csrc/bindings.cpp"])]
+    return [Extension(LIBRARY, ["csrc/bindings/library.cpp"])]
 
 
 setup(

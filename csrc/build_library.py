@@ -38,8 +38,21 @@ class CannotBuild(Exception):
 
 
 def sources() -> list[Path]:
-    """What the library is compiled from: the bindings and one file per op."""
-    return [HERE / "bindings.cpp", *sorted(HERE.glob("*.cu"))]
+    """What the library is compiled from: the kernels and the bindings, one file per op each."""
+    return [*sorted(HERE.glob("*.cu")), *sorted(HERE.glob("bindings/*.cpp"))]
+
+
+def included(source: Path, skip: str = "") -> list[Path]:
+    """The source and every file of csrc that it includes, directly or not; without those whose path contains `skip`."""
+    found, queue = [], [source]
+    while queue:
+        path = queue.pop()
+        if path in found or (skip and skip in str(path.relative_to(HERE))):
+            continue
+        found.append(path)
+        for name in re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.M):
+            queue += [near for near in (path.parent / name, HERE / name) if near.exists()][:1]
+    return [source, *sorted(set(found) - {source})]
 
 
 def find_nvcc() -> str:
@@ -78,8 +91,7 @@ def _key(nvcc: str, torch: Path, source: Path, flags: list[str]) -> str:
     key = hashlib.sha256(subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout)
     key.update((torch / "version.py").read_bytes())
     key.update(repr(flags).encode())
-    headers = [path for path in sorted(HERE.rglob("*.h")) if "host" not in str(path.relative_to(HERE))]
-    for path in [source, *headers]:  # of the device layer the CUDA body alone
+    for path in included(source, skip="host"):  # of the device layer the CUDA body alone
         key.update(str(path.relative_to(HERE)).encode() + path.read_bytes())
     return key.hexdigest()[:16]
 
@@ -87,16 +99,18 @@ def _key(nvcc: str, torch: Path, source: Path, flags: list[str]) -> str:
 def _compile(nvcc: str, torch: Path, objects: Path, threads: int, source: Path) -> Path:
     """The object of a source, with ptxas's report of registers and spills beside it (.log)."""
     flags = FLAGS + (_gencode() + ["-Xptxas", "-v"] if source.suffix == ".cu" else [])
-    out = objects / f"{source.stem}-{_key(nvcc, torch, source, flags)}.o"
+    name = "-".join(source.relative_to(HERE).with_suffix("").parts)
+    out = objects / f"{name}-{_key(nvcc, torch, source, flags)}.o"
     if out.exists() and out.with_suffix(".log").exists():
         return out
-    for old in objects.glob(f"{source.stem}-{'?' * 16}.*"):
+    for old in objects.glob(f"{name}-{'?' * 16}.*"):
         old.unlink(missing_ok=True)
     partly = out.with_suffix(f".{os.getpid()}.o")  # renamed when it is whole: builds may run at once
     include = torch / "include"
     # Called where the sources are, by their names: the text of an error shows no folder of the machine that built.
     command = [nvcc, *flags, "--threads", str(threads), "-I", ".", "-isystem", str(include),
-               "-Xcompiler", f"-fmacro-prefix-map={include}=.", "-c", source.name, "-o", str(partly.resolve())]  # fmt: skip
+               "-Xcompiler", f"-fmacro-prefix-map={include}=.", "-c", str(source.relative_to(HERE)),
+               "-o", str(partly.resolve())]  # fmt: skip
     out.with_suffix(".log").write_text(_run(command, HERE))
     partly.rename(out)
     return out
@@ -123,7 +137,7 @@ def build(library: str | Path, objects: str | Path = HERE.parent / "build" / "cu
     threads = max(1, min(len(ARCHITECTURES), cores // len(files)))  # of each nvcc, over the architectures
     with ThreadPoolExecutor(min(cores, len(files))) as pool:
         made = list(pool.map(partial(_compile, nvcc, torch, objects, threads), files))
-    # Of torch only libtorch_cpu is named, which every build of torch has; bindings.cpp looks for libtorch_cuda at run time.
+    # Of torch only libtorch_cpu is named, which every build of torch has; the bindings look for libtorch_cuda at run time.
     partly = library.with_suffix(f".{os.getpid()}.so")
     _run([nvcc, "-shared", "--no-device-link", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", *map(str, made),
           "-L", str(torch / "lib"), "-ltorch_cpu", "-o", str(partly)])  # fmt: skip

@@ -7,7 +7,7 @@
 // Squares of fp32 and bf16 numbers overflow from 1.8e19 on: a share whose sum is not finite is read again, scaled by 2^-96.
 
 #include "device/device.h"
-#include "fastlm.h"
+#include "global_norm.h"
 
 namespace {
 

@@ -5,7 +5,7 @@
 // that are not all aligned to 16 bytes are read element by element.
 
 #include "device/device.h"
-#include "fastlm.h"
+#include "rms_norm.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 // others element by element, and twice.
 
 #include "device/device.h"
-#include "fastlm.h"
+#include "softmax.h"
 
 namespace {
 

@@ -1,6 +1,5 @@
 """libfastlm_cuda.so: built here, loaded by a clean process, shipped in the wheel; and what is said where it cannot be used."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -15,19 +14,11 @@ import torch
 from fastlm import ops
 from fastlm.ops import _cuda
 from fastlm.ops._op import missing_backends
-from tests.wheels import ROOT, build_wheel, copy_checkout, install, run
+from tests.wheels import ROOT, build_library, build_wheel, copy_checkout, install, run
 
 OBJECTS = ROOT / "build" / "cuda"  # compiled once: kept between runs under a hash of what they are made from
 
 
-def _build_library():
-    spec = importlib.util.spec_from_file_location("build_library", ROOT / "csrc" / "build_library.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build_library = _build_library()
 try:
     build_library.check()
     WHY_NOT = ""

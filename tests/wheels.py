@@ -1,5 +1,6 @@
 """How the packaging tests copy the checkout, build wheels from it, and install them."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -8,6 +9,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in", "fastlm", "kernels", "csrc")
+
+
+def _build_library():
+    spec = importlib.util.spec_from_file_location("build_library", ROOT / "csrc" / "build_library.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build_library = _build_library()  # csrc/build_library.py, which is in no package
 
 
 def run(command, cwd, **environment):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 1  # FASTLM_LIBRARY_VERSION in csrc/fastlm.h: the schemas this package calls
+VERSION = 2  # FASTLM_LIBRARY_VERSION in csrc/fastlm.h: the schemas this package calls
 NAME = "libfastlm_cuda.so"
 PATH = Path(__file__).resolve().parents[1] / NAME
 

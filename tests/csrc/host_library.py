@@ -10,21 +10,25 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.wheels import build_library
+
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 BUILT = ROOT / "build" / "csrc_host"
+TORCH = torch.__path__[0]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # fastlm_dtype
 # -O1: these kernels run for milliseconds and compile for seconds. Fibers change stacks by longjmp, which _FORTIFY_SOURCE forbids.
 # no-gnu-unique: or libraries loaded side by side would share one machine.
 FLAGS = [
-    "-x", "c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-DFASTLM_HOST", "-U_FORTIFY_SOURCE", "-fno-gnu-unique",
+    "-x", "c++", "-std=c++20", "-O1", "-fPIC", "-DFASTLM_HOST", "-U_FORTIFY_SOURCE", "-fno-gnu-unique",
     "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized",
 ]  # fmt: skip
 # (name, order of threads and blocks, blocks live at once)
@@ -138,20 +142,38 @@ def _compiler() -> bytes:
 def library(source: str, *flags: str) -> HostLibrary:
     """The library of one kernel file (a path from the repository's root), compiled unless that was done before: the file's
     name holds a hash of the sources, the flags and the compiler."""
-    path = ROOT / source
-    key = hashlib.sha256(_compiler() + repr((FLAGS, flags)).encode())
-    for part in [path, *sorted(CSRC.rglob("*.h")), *sorted(path.parent.glob("*.h"))]:
+    return HostLibrary(link([ROOT / source], *flags))
+
+
+def link(sources: Sequence[Path], *flags: str) -> Path:
+    """The path of a library made from sources; each is compiled unless an object of the same text, flags and compiler stands."""
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda source: _object(source, flags), sources))
+    key = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
+    built = BUILT / f"{sources[0].stem}-{len(sources)}-{key}.so"
+    return _made(built, ["g++", "-shared", *map(str, objects), f"-L{TORCH}/lib", "-Wl,--as-needed", "-ltorch_cpu"])
+
+
+def _object(source: Path, flags: tuple[str, ...]) -> Path:
+    if source.parent.name == "bindings":
+        flags += ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", f"{TORCH}/include")
+    key = hashlib.sha256(_compiler() + repr((FLAGS, flags, torch.__version__)).encode())
+    for part in build_library.included(source):
         key.update(part.read_bytes())
-    built = BUILT / f"{path.stem}-{key.hexdigest()[:16]}.so"
+    built = BUILT / f"{source.stem}-{key.hexdigest()[:16]}.o"
+    return _made(built, ["g++", *FLAGS, *flags, f"-I{CSRC}", "-c", str(source)])
+
+
+def _made(built: Path, command: list[str]) -> Path:
+    """The file, after `command -o file` unless it stands already."""
     if not built.exists():
         BUILT.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(suffix=".so", dir=BUILT)
+        handle, temporary = tempfile.mkstemp(suffix=built.suffix, dir=BUILT)
         os.close(handle)
-        command = ["g++", *FLAGS, *flags, f"-I{CSRC}", str(path), "-o", temporary]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run([*command, "-o", temporary], capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
         os.replace(temporary, built)  # at once: another process may build the same
-    return HostLibrary(built)
+    return built
 
 
 def planted(source: str, bugs: dict[str, tuple[str, str]], folder: Path) -> dict[str, HostLibrary]:

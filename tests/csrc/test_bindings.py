@@ -1,67 +1,17 @@
-"""The cuda backend as a whole on the CPU: bindings.cpp and the kernels compiled for the host body, called through the ops."""
-
-import hashlib
-import os
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+"""The cuda backend as a whole on the CPU: bindings/ and the kernels compiled for the host body, called through the ops."""
 
 import pytest
 import torch
 
 from fastlm import ops
-from fastlm.ops import _cuda, _op
 from fastlm.ops.norm_reference import kept
 from fastlm.testing import assert_accurate, check_accuracy, check_guards, check_op
 from fastlm.testing.guards import bands_intact, guarded, poison_empty
-from tests.csrc.host_library import BUILT, CSRC, FLAGS, needs_compiler
+from tests.csrc.host_library import needs_compiler
 from tests.ops.test_softmax import _case as softmax_case
 
-pytestmark = needs_compiler
-TORCH = torch.__path__[0]
+pytestmark = [needs_compiler, pytest.mark.usefixtures("cuda_on_the_host")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _library():
-    """The path of the library, compiled unless that was done before."""
-    sources = [CSRC / "bindings.cpp", *sorted(CSRC.glob("*.cu"))]
-    flags = [*(f for f in FLAGS if f != "-shared"), "-c", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}"]
-    key = hashlib.sha256(repr((flags, torch.__version__)).encode())
-    for path in [*sources, *sorted(CSRC.rglob("*.h"))]:
-        key.update(path.read_bytes())
-    library = BUILT / f"all-{key.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    BUILT.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILT) as folder, ThreadPoolExecutor(2) as pool:
-        objects = [f"{folder}/{path.stem}.o" for path in sources]
-
-        def compile(path, out):
-            subprocess.run(["g++", *flags, "-isystem", f"{TORCH}/include", str(path), "-o", out], check=True)
-
-        list(pool.map(compile, sources, objects))
-        subprocess.run(
-            ["g++", "-shared", *objects, f"-L{TORCH}/lib", "-ltorch_cpu", "-o", f"{folder}/all.so"], check=True
-        )
-        os.replace(f"{folder}/all.so", library)
-    return library
-
-
-@pytest.fixture(autouse=True)
-def cuda_on_the_host(monkeypatch):
-    """The backend "cuda" takes CPU tensors and calls the host's functions."""
-    torch.ops.load_library(str(_library()))
-    reason = _op._kernel_reason
-    monkeypatch.setattr(_cuda, "function", lambda name: getattr(torch.ops.fastlm_host, name).default)
-    monkeypatch.setattr(
-        _op, "_kernel_reason", lambda backend, *rest: reason(backend, *rest) if backend != "cuda" else None
-    )
-    loaded = [(op, op._loaded) for op in _op.REGISTRY.values()]
-    for op, _ in loaded:
-        op._loaded = {}
-    yield
-    for op, before in loaded:
-        op._loaded = before
 
 
 def test_softmax_keeps_the_contract():

@@ -25,7 +25,7 @@ def rows_of(x):
 
 
 def launch(lib, x, weight=None, bias=None, residual=None, *, offset=0.0, llama=False, p=0.0, order="forward"):
-    """y, residual_out or None, rstd of the launcher; Python's side of csrc/bindings.cpp."""
+    """y, residual_out or None, rstd of the launcher; Python's side of csrc/bindings/rms_norm.cpp."""
     parameter = weight if weight is not None else bias
     y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=FP32)
     residual_out = None if residual is None else residual.new_empty(x.shape)

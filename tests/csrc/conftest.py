@@ -1,0 +1,25 @@
+"""The backend "cuda" on a machine without a GPU."""
+
+import pytest
+import torch
+
+from fastlm.ops import _cuda, _op
+from tests.csrc.host_library import link
+from tests.wheels import build_library
+
+
+@pytest.fixture
+def cuda_on_the_host(monkeypatch):
+    """The backend "cuda" takes CPU tensors and calls the functions of bindings/, compiled for the host body with the kernels."""
+    torch.ops.load_library(str(link(build_library.sources())))
+    reason = _op._kernel_reason
+    monkeypatch.setattr(_cuda, "function", lambda name: getattr(torch.ops.fastlm_host, name).default)
+    monkeypatch.setattr(
+        _op, "_kernel_reason", lambda backend, *rest: reason(backend, *rest) if backend != "cuda" else None
+    )
+    loaded = [(op, op._loaded) for op in _op.REGISTRY.values()]
+    for op, _ in loaded:
+        op._loaded = {}
+    yield
+    for op, before in loaded:
+        op._loaded = before
