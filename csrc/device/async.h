@@ -1,0 +1,85 @@
+// The asynchronous part of the device layer (Hopper, sm_90 and later; cp.async from sm_80): barriers in shared memory, tensor and
+// bulk copies, their fences, and how warpgroups share registers. device.h holds the rest; a kernel that needs this includes it,
+// others do not pay for it. csrc/README.md says what the host body checks. The matrix product: wgmma.h.
+//
+// Two kinds of access. A thread's own loads and stores go through the generic proxy; bulk and tensor copies and wgmma's operands
+// in shared memory through the asynchronous one, which sees what threads wrote only after a proxy fence.
+//
+//   Mbarrier                            a barrier in shared memory: SHARED_ARRAY(Mbarrier, full, kStages), or dynamic_shared.
+//                                       It counts arrivals and bytes. When both have come its phase is complete and the next begins.
+//   mbarrier_init(b, arrivals)          one thread, once; then fence_mbarrier_init() by that thread and block_barrier()
+//   mbarrier_arrive(b)                  this thread's accesses before it happen before what follows a wait for the phase
+//   mbarrier_arrive_expect(b, bytes)    the same, and the phase also waits for so many bytes of copies
+//   mbarrier_expect(b, bytes)           only the bytes; the phase still waits for an arrival
+//   mbarrier_wait(b, parity)            until the phase with this parity (0 first, then 1, 0, ...) is complete. On a fresh barrier
+//                                       parity 1 does not wait: so a producer begins with all slots free
+//   mbarrier_try_wait(b, parity)        whether it is, after a short while: true is as good as a wait
+//   mbarrier_invalidate(b)              before its memory is used for something else
+//
+//   TensorMap                           describes a tensor of global memory: a kernel takes GRID_CONSTANT(TensorMap) map
+//   make_tensor_map<T>(map, base, {sizes}, {strides}, {box}, Swizzle) -> int       on the CPU; 0 or an error code. All innermost
+//                                       first, in elements; there is no innermost stride, it is 1
+//   tensor_load(to, map, b, {c0, c1, ...})        one thread: the box that begins at these coordinates, innermost first, into shared
+//                                       memory, its rows one after the other, swizzled; zeros outside of the tensor. The bytes of
+//                                       the whole box count at barrier b. tensor_load<L2::evict_first>(...): see L2
+//   tensor_store(map, {c0, c1, ...}, from)        shared memory -> tensor; what lies outside of it is left out
+//   tensor_reduce_add(map, {c0, c1, ...}, from)   the same, added by the memory itself (fp32, bf16, fp16, integers). In which order
+//                                       several are added is open: with floating point a result depends on it
+//   bulk_load(to, from, bytes, b)       a contiguous piece; addresses and bytes multiples of 16
+//   bulk_store(to, from, bytes)         bulk_reduce_add(to, from, bytes)
+//   bulk_commit()                       closes the group of this thread's stores and reduce-adds since the last one
+//   bulk_wait_read<N>()                 until all but the last N groups of this thread have read shared memory: it may be reused,
+//                                       and must be waited for before the block ends
+//   bulk_wait<N>()                      until they have also written global memory
+//   prefetch_tensor_map(map)            one thread, early
+//   L2                                  how long what is copied stays in the L2 cache
+//
+//   copy_async(to, from, valid = N)     cp.async of Vector<T, N>'s 4, 8 or 16 bytes by this thread; the elements from `valid` on are
+//                                       zeros. It belongs to the generic proxy: no fence before the threads' own reads
+//   copy_async_commit()  copy_async_wait<N>()     groups, as above; then a barrier, for what other threads copied
+//
+//   fence_async_shared()                what this thread wrote to shared memory, or saw written through barriers, before it may be
+//                                       read by copies and wgmma, of this thread and of those that meet it at a barrier later.
+//                                       Needed between threads' stores and asynchronous accesses; not after copies
+//   fence_async_global()                the same for global memory
+//   fence_mbarrier_init()
+//
+//   elect_one()                         true in one lane of a warp, the same one every time; all lanes call it
+//   warpgroup_id() warpgroup_thread()   128 threads each; the first one uniform over the warp, so that the compiler knows that too
+//   setmaxnreg_inc<N>() setmaxnreg_dec<N>()       registers a thread, by all warps of a warpgroup; a multiple of 8, 24 to 256
+//   swizzled<S>(byte)                   where a tile's byte lies within the tile under a swizzle (the tile aligned to kTileAlign<S>)
+#pragma once
+
+#include "device.h"
+
+namespace device {
+
+// How a tensor copy lays out a box in shared memory: pieces of 16 bytes change places within each row of 32, 64 or 128 bytes, so
+// that neither rows nor columns of pieces meet in one bank. The box's rows must have exactly that many bytes.
+enum class Swizzle { none, b32, b64, b128 };
+
+// Bytes of a row under a swizzle.
+EVERYWHERE constexpr int swizzle_bytes(Swizzle s) { return s == Swizzle::none ? 0 : 16 << static_cast<int>(s); }
+
+// What a tile in shared memory must be aligned to, in bytes: the swizzle is a function of address bits.
+template <Swizzle S>
+constexpr int kTileAlign = S == Swizzle::none ? 128 : 8 * swizzle_bytes(S);
+
+// Bits 4 to 6 of an address are xored with bits 7 to 9 (128 bytes; fewer of them for the narrower ones).
+EVERYWHERE constexpr int64_t swizzled(Swizzle s, int64_t byte) {
+  return s == Swizzle::none ? byte : byte ^ (byte >> 3 & (swizzle_bytes(s) - 16));
+}
+template <Swizzle S>
+EVERYWHERE constexpr int swizzled(int byte) {
+  return static_cast<int>(swizzled(S, byte));
+}
+
+enum class L2 { normal, evict_first, evict_last };
+
+}  // namespace device
+
+#ifdef FASTLM_HOST
+#include "host/async.h"
+#else
+#include "cuda_async.h"
+#endif
