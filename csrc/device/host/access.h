@@ -22,16 +22,20 @@ inline std::string bytes_of(const Region& region, int64_t offset, size_t bytes) 
 
 [[noreturn]] inline void fail_race(const Region& region, int64_t offset, size_t bytes, Use use, const Access& before,
                                    const char* did, const Where& at) {
-  const bool same = before.block() == machine.block->index;
-  fail_with(at, format("race: %s of %s, which %sthread %d %s at %s; %s", verb(use), bytes_of(region, offset, bytes).c_str(),
-                       same ? "" : format("block %lld, ", static_cast<long long>(before.block())).c_str(), before.thread(), did,
+  const bool same = before.block() == machine.block->index, agent = before.thread() >= machine.block_threads;
+  const std::string by = agent ? machine.engine->name(before.block(), before.thread()) : format("thread %d", before.thread());
+  fail_with(at, format("race: %s of %s, which %s%s %s at %s; %s", verb(use), bytes_of(region, offset, bytes).c_str(),
+                       same ? "" : format("block %lld, ", static_cast<long long>(before.block())).c_str(), by.c_str(), did,
                        place(before.at).c_str(),
-                       same ? "no barrier lies between" : "no fence and atomic (device_fence, ticket) lie between"));
+                       !same   ? "no fence and atomic (device_fence, ticket) lie between"
+                       : agent ? "this thread has not waited for it"
+                               : "no barrier lies between"));
 }
 
-inline void track(Region& region, int64_t offset, size_t bytes, Use use, const Where& at) {
+// `by` does it, which the running thread has begun.
+
+inline void track(Region& region, int64_t offset, size_t bytes, Use use, const Access& now, const Where& at) {
   const bool atomic = use == Use::atomic || use == Use::atomic_read;
-  const Access now = make_access(machine.block->index, machine.thread->id, machine.thread->clock, atomic, at);
   for (int64_t i = offset; i < offset + static_cast<int64_t>(bytes); ++i) {
     Cell& cell = region.cells[i];
     if (use != Use::write && !region.written.empty() && !region.written[i]) {
@@ -66,8 +70,8 @@ inline Region* buffer_at(const void* p) {
   return nullptr;
 }
 
-// Called before every access of `bytes` bytes at `p`, which was made from a pointer into `region`.
-inline void check(const void* p, Region* region, size_t bytes, size_t alignment, Use use, const Where& at) {
+// Stops at what is wrong with an access whoever makes it. The place in the region, which must be one.
+inline int64_t check_place(const void* p, Region* region, size_t bytes, size_t alignment, Use use, const Where& at) {
   if (machine.thread == nullptr) {
     std::fprintf(stderr, "%s: device memory is accessed outside a kernel\n", place(at).c_str());
     std::abort();
@@ -80,18 +84,25 @@ inline void check(const void* p, Region* region, size_t bytes, size_t alignment,
   }
   if (use == Use::write || use == Use::atomic) ++machine.steps;
   if (region == nullptr) {
-    if (machine.buffers.empty()) return;  // nothing is registered: nothing is known
+    if (machine.buffers.empty()) return 0;  // nothing is registered: nothing is known
     fail_with(at, format("out of bounds: %s of %zu bytes through a pointer into no registered buffer", verb(use), bytes));
   }
   const int64_t offset = static_cast<const uint8_t*>(p) - region->begin;
   if (offset < 0 || offset + bytes > region->bytes) {
     fail_with(at, format("out of bounds: %s of %s", verb(use), bytes_of(*region, offset, bytes).c_str()));
   }
-  if (region->mode != Mode::input) {
-    track(*region, offset, bytes, use, at);
-  } else if (use == Use::write || use == Use::atomic) {
+  if (region->mode == Mode::input && (use == Use::write || use == Use::atomic)) {
     fail_with(at, format("%s of %s, which is an input", verb(use), bytes_of(*region, offset, bytes).c_str()));
   }
+  return offset;
+}
+
+// Called before every access of `bytes` bytes at `p`, which was made from a pointer into `region`.
+inline void check(const void* p, Region* region, size_t bytes, size_t alignment, Use use, const Where& at) {
+  const int64_t offset = check_place(p, region, bytes, alignment, use, at);
+  if (region == nullptr || region->mode == Mode::input) return;
+  const bool atomic = use == Use::atomic || use == Use::atomic_read;
+  track(*region, offset, bytes, use, make_access(machine.block->index, machine.thread->id, machine.thread->clock, atomic, at), at);
 }
 
 enum class Space { global, shared };

@@ -15,6 +15,17 @@ namespace device::host {
 
 enum class State { ready, waiting, spinning, done };
 
+// What was known at a thread's last proxy fence, or at those of threads it has met since: the asynchronous proxy sees it.
+struct Proxied {
+  const uint32_t* known = nullptr;
+  uint32_t clock = 0;  // the thread's own
+
+  uint32_t of(int slot, int thread) const {
+    const uint32_t up_to = known ? known[slot] : 0;
+    return slot == thread ? std::max(up_to, clock) : up_to;
+  }
+};
+
 struct Thread {
   Fiber fiber;
   int id = 0;
@@ -24,8 +35,10 @@ struct Thread {
   int barrier = -1;        // and for which barrier
   uint32_t mask = 0;       // or for which lanes
   uint64_t result = 0;     // what a shuffle or vote brought
+  const void* object = nullptr;  // or for which mbarrier
   uint32_t clock = 1;
   const uint32_t* known = nullptr;
+  Proxied proxied[2];  // shared and global memory
 };
 
 struct Arrival {
@@ -63,10 +76,22 @@ struct Block {
   std::vector<std::vector<Meeting>> meetings;  // of each warp
   std::deque<std::vector<uint32_t>> snapshots;
 
+  int slots = 0;  // of its clocks
+
   uint32_t* snapshot() {
-    snapshots.emplace_back(threads.size(), 0);
+    snapshots.emplace_back(slots, 0);
     return snapshots.back().data();
   }
+};
+
+// Asynchronous work (engine.h); only files that include async.h have it.
+struct Engine {
+  virtual ~Engine() = default;
+  virtual void begin() = 0;                        // a launch
+  virtual void end(Block&) = 0;                    // all of a block's threads have returned
+  virtual bool advance() = 0;                      // nobody can go on: one piece of work that is due; false if there is none
+  virtual std::string waits_for(const Thread&) = 0;
+  virtual std::string name(int64_t block, int slot) = 0;  // of whoever is not a thread
 };
 
 // The state of the host body: one launch at a time, on one CPU thread.
@@ -75,6 +100,8 @@ struct Machine {
   int order = 0;  // of threads and blocks: 0 forward, 1 backward, 2 random
   uint64_t seed = 1;
   int resident = 2;  // blocks live at once in an ordinary launch
+  bool late_copies = false, late_products = false;
+  Engine* engine = nullptr;
   std::vector<std::unique_ptr<Region>> buffers;
   // of the launch
   Dim grid;
@@ -115,6 +142,27 @@ inline void wake(Thread& thread) {
   ++machine.steps;
 }
 
+// The same of proxy fences.
+inline void join_proxied(Block& block, const std::vector<Arrival>& arrivals) {
+  for (int space = 0; space < 2; ++space) {
+    const uint32_t* last = nullptr;
+    uint32_t* all = nullptr;
+    for (const Arrival& a : arrivals) {
+      const Proxied& mine = a.thread->proxied[space];
+      if (!mine.known && !mine.clock) continue;
+      if (!all) all = block.snapshot();
+      all[a.thread->id] = std::max(all[a.thread->id], mine.clock);
+      if (!mine.known || mine.known == last) continue;
+      last = mine.known;
+      for (int i = 0; i < block.slots; ++i) all[i] = std::max(all[i], last[i]);
+    }
+    if (!all) continue;
+    for (const Arrival& a : arrivals) {
+      if (a.waits) a.thread->proxied[space] = {all, 0};
+    }
+  }
+}
+
 // What the threads know together, as one snapshot; those who wait know it from now on.
 inline void join(Block& block, const std::vector<Arrival>& arrivals) {
   uint32_t* all = block.snapshot();
@@ -122,10 +170,11 @@ inline void join(Block& block, const std::vector<Arrival>& arrivals) {
   for (const Arrival& a : arrivals) {
     if (a.thread->known != last) {
       last = a.thread->known;
-      for (size_t i = 0; i < block.threads.size(); ++i) all[i] = std::max(all[i], last[i]);
+      for (int i = 0; i < block.slots; ++i) all[i] = std::max(all[i], last[i]);
     }
   }
   for (const Arrival& a : arrivals) all[a.thread->id] = std::max(all[a.thread->id], a.thread->clock);
+  if (machine.engine) join_proxied(block, arrivals);
   for (const Arrival& a : arrivals) {
     if (a.waits) a.thread->known = all;
     ++a.thread->clock;
@@ -270,9 +319,13 @@ inline void publish() {
   Block& block = *machine.block;
   Thread& me = *machine.thread;
   auto& fences = machine.ledgers[block.index].fences;
-  fences.push_back(fences.empty() ? std::vector<uint32_t>(block.threads.size(), 0) : fences.back());
-  for (size_t i = 0; i < block.threads.size(); ++i) fences.back()[i] = std::max(fences.back()[i], me.known[i]);
+  fences.push_back(fences.empty() ? std::vector<uint32_t>(block.slots, 0) : fences.back());
+  for (int i = 0; i < block.slots; ++i) fences.back()[i] = std::max(fences.back()[i], me.known[i]);
   fences.back()[me.id] = me.clock++;
+  if (!machine.engine) return;
+  auto& proxied = machine.ledgers[block.index].proxied;
+  proxied.push_back(proxied.empty() ? std::vector<uint32_t>(block.slots, 0) : proxied.back());
+  for (int i = 0; i < block.slots; ++i) proxied.back()[i] = std::max(proxied.back()[i], me.proxied[1].of(i, me.id));
 }
 
 inline void acquire(const void* address) {
@@ -292,6 +345,7 @@ inline void release(const void* address) {
 
 // Whether an earlier access is known to have happened before what this thread does now.
 inline bool ordered(const Access& before) {
+  if (before.thread() >= kInFlight) return false;
   if (before.block() == machine.block->index) {
     return before.thread() == machine.thread->id || machine.thread->known[before.thread()] >= before.clock();
   }

@@ -34,6 +34,7 @@ class Launch {
     machine.ledgers.assign(total_, Ledger());
     machine.releases.clear();
     for (auto& buffer : machine.buffers) buffer->track();
+    if (machine.engine) machine.engine->begin();
     for (int64_t i = 0; i < total_; ++i) order_.push_back(machine.order == 1 ? total_ - 1 - i : i);
     if (machine.order == 2) mix(order_, random_);
   }
@@ -68,11 +69,12 @@ class Launch {
       block->threads.push_back(std::move(machine.idle.back()));
       machine.idle.pop_back();
     }
+    block->slots = machine.block_threads + (machine.engine ? kAgents : 0);
     const uint32_t* nothing = block->snapshot();
     for (int i = 0; i < machine.block_threads; ++i) {
       Thread& thread = *block->threads[i];
       thread.id = i, thread.state = State::ready, thread.clock = 1, thread.known = nothing;
-      thread.barrier = -1, thread.mask = 0;
+      thread.barrier = -1, thread.mask = 0, thread.object = nullptr, thread.proxied[0] = thread.proxied[1] = Proxied();
     }
     block->meetings.resize(block->threads.size() / 32);
     make_shared(block->dynamic, "dynamic_shared", machine.shared_bytes);
@@ -106,9 +108,13 @@ class Launch {
       if (thread->state == State::done) --block->live;
     }
     for (size_t i = live_.size(); i-- > 0;) {
-      if (live_[i]->live == 0) retire(i);
+      if (live_[i]->live) continue;
+      if (machine.engine) machine.engine->end(*live_[i]);
+      if (machine.failed) return;
+      retire(i);
     }
-    if (!ran && !turns_.empty() && machine.steps == before) stuck();
+    if (ran || turns_.empty() || machine.steps != before) return;
+    if (!machine.engine || !machine.engine->advance()) stuck();
   }
 
   // Nobody can go on: says who waits where.
@@ -127,6 +133,7 @@ class Launch {
             group += format(" (barrier %d: %zu of %d have come)", thread->barrier, barrier.arrivals.size(), barrier.count);
           }
           if (thread->mask) group += " for lanes " + lanes(thread->mask);
+          if (thread->object) group += machine.engine->waits_for(*thread);
         }
         groups[group].push_back(thread->id);
       }
@@ -229,13 +236,15 @@ int launch_cooperative(void (*kernel)(Parameters...), Dim grid, int threads, int
 // What the tests call, by ctypes (tests/csrc/host_library.py).
 #define FASTLM_HOST_API extern "C" __attribute__((visibility("default"), used)) inline
 
-// Forgets all buffers and the last report, and sets how the next launches run.
+// Forgets all buffers and the last report, and sets how the next launches run. order: 0 to 2, + 4 if copies run late, + 8 if
+// matrix products do.
 FASTLM_HOST_API void fastlm_host_reset(int order, uint64_t seed, int resident) {
   device::host::Machine& machine = device::host::machine;
   machine.buffers.clear();
   machine.report.clear();
   machine.failed = false;
-  machine.order = order, machine.seed = seed, machine.resident = resident;
+  machine.order = order & 3, machine.late_copies = order & 4, machine.late_products = order & 8;
+  machine.seed = seed, machine.resident = resident;
 }
 
 // mode: 0 input, 1 read and written, 2 output. From the first buffer on, accesses to any other memory are errors.

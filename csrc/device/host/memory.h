@@ -10,19 +10,23 @@
 
 namespace device::host {
 
-// One access, packed: clock 22 bits, thread 11, block + 1 30, atomic 1. key 0 is none.
+// Whoever accesses memory has a slot in the vector clocks of its block: its threads first, then up to kAgents asynchronous agents
+// (engine.h). What thread t has in flight and will know itself when it waits is marked kInFlight + t, which no clock covers.
+constexpr int kAgents = 128, kInFlight = 4096;
+
+// One access, packed: clock 22 bits, slot 13, block + 1 28, atomic 1. key 0 is none.
 struct Access {
   uint64_t key = 0;
   Where at;
   uint32_t clock() const { return key & 0x3fffff; }
-  int thread() const { return key >> 22 & 0x7ff; }
-  int64_t block() const { return static_cast<int64_t>(key >> 33 & 0x3fffffff) - 1; }
+  int thread() const { return key >> 22 & 0x1fff; }
+  int64_t block() const { return static_cast<int64_t>(key >> 35 & 0xfffffff) - 1; }
   bool atomic() const { return key >> 63; }
   bool by_same_thread(const Access& other) const { return (key << 1 >> 23) == (other.key << 1 >> 23); }
 };
 
 inline Access make_access(int64_t block, int thread, uint32_t clock, bool atomic, const Where& at) {
-  return {static_cast<uint64_t>(atomic) << 63 | static_cast<uint64_t>(block + 1) << 33 |
+  return {static_cast<uint64_t>(atomic) << 63 | static_cast<uint64_t>(block + 1) << 35 |
               static_cast<uint64_t>(thread) << 22 | clock,
           at};
 }
@@ -58,8 +62,10 @@ struct Region {
 // How a block's accesses are ordered for others: what its threads had done at each of its fences, and which fences of other
 // blocks it has seen through atomics. Kept to the end of the launch.
 struct Ledger {
-  std::vector<std::vector<uint32_t>> fences;     // per fence, for each thread: its clock up to which all is visible
+  std::vector<std::vector<uint32_t>> fences;     // per fence, for each slot: its clock up to which all is visible
   std::unordered_map<int64_t, size_t> seen;      // block -> how many of its fences
+  std::vector<std::vector<uint32_t>> proxied;    // per fence: the same, up to which the asynchronous proxy sees it too
+  std::unordered_map<int64_t, size_t> seen_proxied;  // what had been seen at this block's last proxy fence
 };
 
 }  // namespace device::host
