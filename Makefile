@@ -54,6 +54,7 @@ $(VENV)/.installed: pyproject.toml setup.py csrc/host.cpp | $(VENV)/bin/python
 $(VENV)/.test: $(VENV)/.installed
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
 	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install --quiet "$(TRITON)"
+	$(PY) -m pip install --quiet --no-deps nvidia-cutlass==4.2.0.0  # CuTe's headers (6 MB); what it asks for is not needed
 	touch $@
 
 clean:

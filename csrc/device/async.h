@@ -51,28 +51,9 @@
 #pragma once
 
 #include "device.h"
+#include "layout.h"
 
 namespace device {
-
-// How a tensor copy lays out a box in shared memory: pieces of 16 bytes change places within each row of 32, 64 or 128 bytes, so
-// that neither rows nor columns of pieces meet in one bank. The box's rows must have exactly that many bytes.
-enum class Swizzle { none, b32, b64, b128 };
-
-// Bytes of a row under a swizzle.
-EVERYWHERE constexpr int swizzle_bytes(Swizzle s) { return s == Swizzle::none ? 0 : 16 << static_cast<int>(s); }
-
-// What a tile in shared memory must be aligned to, in bytes: the swizzle is a function of address bits.
-template <Swizzle S>
-constexpr int kTileAlign = S == Swizzle::none ? 128 : 8 * swizzle_bytes(S);
-
-// Bits 4 to 6 of an address are xored with bits 7 to 9 (128 bytes; fewer of them for the narrower ones).
-EVERYWHERE constexpr int64_t swizzled(Swizzle s, int64_t byte) {
-  return s == Swizzle::none ? byte : byte ^ (byte >> 3 & (swizzle_bytes(s) - 16));
-}
-template <Swizzle S>
-EVERYWHERE constexpr int swizzled(int byte) {
-  return static_cast<int>(swizzled(S, byte));
-}
 
 enum class L2 { normal, evict_first, evict_last };
 
