@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from .common import num_sms
-from .multi_tensor import BLOCK, pointer, table_of, type_of
+from .multi_tensor import pointer, type_of
+from .tensor_table import BLOCK, table_of
 
 _PROGRAMS_PER_SM = 8
 _CHUNK = 1024

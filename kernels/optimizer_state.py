@@ -8,11 +8,11 @@ compiled.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from .multi_tensor import BLOCK, Numbers, table_of, type_of
+from .multi_tensor import Numbers, type_of
+from .tensor_table import BLOCK, draws, table_of
 
 _NAN = tl.constexpr(0x7FC00000)  # the quiet NaN whose lower 16 bits are 0
 _GROUP = tl.constexpr(256)  # elements that share a scale
@@ -165,17 +165,15 @@ def write_state(s_ptr, scale_ptr, x, col, mask, left, half, BLOCK: tl.constexpr)
 def launch(kernel, lists, streams, numbers: Numbers, *constants: float, states: int, **flags: bool) -> None:
     """Runs a step kernel on lists in the order of the op's schema: params, grads, the states, masters, remainders, averages, and
     the states' scales. flags: the kernel's own constexprs."""
-    masters, remainders = lists[2 + states : 4 + states]
-    codes = any(lists[5 + states :])
-    stochastic = numbers.seed_ptr is not None and not masters and not remainders and lists[0][0].dtype == torch.bfloat16
-    if not (stochastic or codes):
+    stochastic, random_codes = draws(lists, states, numbers.seed_ptr is not None)
+    if not (stochastic or random_codes):
         numbers = numbers._replace(seed_ptr=None)
     table, aligned = table_of(lists, streams if numbers.seed_ptr is not None else None)
     types = [type_of(tensors) for tensors in lists]
-    if stochastic or remainders:
+    if stochastic or lists[3 + states]:
         types[0] = tl.int16  # the bits of bf16
     kernel[(table.owner.numel(),)](
         table, numbers, *constants, *types, **flags, RANDOM_WEIGHTS=stochastic,
-        RANDOM_CODES=codes and numbers.seed_ptr is not None, ALIGNED=aligned, BLOCK=BLOCK,
-        num_warps=4 if codes else 8,  # 16 elements to a thread: 16-byte accesses of codes too
+        RANDOM_CODES=random_codes, ALIGNED=aligned, BLOCK=BLOCK,
+        num_warps=4 if any(lists[5 + states :]) else 8,  # 16 elements to a thread: 16-byte accesses of codes too
     )  # fmt: skip

@@ -237,7 +237,7 @@ def test_dtensor(backend, device):
 
 
 def test_tables_are_kept(device):
-    from fastlm.kernels import multi_tensor as kernels
+    from fastlm.kernels import tensor_table as kernels
 
     lists = _lists(device)
     kernels._addresses.cache_clear()
@@ -260,7 +260,7 @@ def test_tables_are_kept(device):
     ids=["bias1", "bias2", "no_decay", "coupled", "tail", "block", "scale"],
 )
 def test_planted_bug_is_seen(old, new, device):
-    file = "multi_tensor" if "owner" in old else None
+    file = "tensor_table" if "owner" in old else None
     with planted_bug("adamw_", old, new, file=file), pytest.raises(AssertionError):
         _check_fp32("triton", device, grad_scale=0.5)
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastlm.kernels import multi_tensor
+from fastlm.kernels import tensor_table
 
 
 class _OnGpu:
@@ -41,8 +41,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=seen.stream))
-    monkeypatch.setattr(multi_tensor, "_captured", [])
-    cached = (multi_tensor._addresses, multi_tensor._streams, multi_tensor._blocks)
+    monkeypatch.setattr(tensor_table, "_captured", [])
+    cached = (tensor_table._addresses, tensor_table._streams, tensor_table._blocks)
     for function in cached:
         function.cache_clear()
     yield seen
@@ -51,7 +51,7 @@ def gpu(monkeypatch):
 
 
 def _tables():
-    return multi_tensor.table_of([[_OnGpu(4096), _OnGpu(65536)], [_OnGpu(8192), _OnGpu(131072)]], [3, 4])[0]
+    return tensor_table.table_of([[_OnGpu(4096), _OnGpu(65536)], [_OnGpu(8192), _OnGpu(131072)]], [3, 4])[0]
 
 
 def test_tables_serve_the_stream_they_were_copied_on(gpu):
@@ -63,14 +63,14 @@ def test_tables_serve_the_stream_they_were_copied_on(gpu):
     gpu.stream = 2  # which does not wait for the copies of stream 1
     other = _tables()
     assert len(gpu.copies) == 2 * copies and not any(a is b for a, b in zip(first, other))
-    assert all(torch.equal(a, b) for a, b in zip(first, other)) and not multi_tensor._captured
+    assert all(torch.equal(a, b) for a, b in zip(first, other)) and not tensor_table._captured
 
 
 def test_a_captured_graph_keeps_both_ends_of_its_copies(gpu):
     before, gpu.capturing = _tables(), True
     copies = len(gpu.copies)
     inside = _tables()
-    kept = [t for pair in multi_tensor._captured for t in pair]
+    kept = [t for pair in tensor_table._captured for t in pair]
     for host, there in gpu.copies[copies:]:  # every replay copies from `host` again
         assert any(host is t for t in kept) and any(there is t for t in kept)
     assert len(gpu.copies) == 2 * copies and not any(a is b for a, b in zip(before, inside))
