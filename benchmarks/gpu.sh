@@ -3,10 +3,11 @@
 #
 #   benchmarks/gpu.sh [--dry] [--wheel FILE] [--only conformance|correctness|ops|attention|models]... [OUTDIR]
 #
-# Installs the checkout (or FILE) without dependencies into a temporary folder, runs the op tests compiled, then the op benchmarks,
-# then whole models, as far as the time goes, and prints a short table last. --only takes a part (several allowed). OUTDIR (default
-# gpu-results) gets summary.txt, tests.txt, ops.txt, ops.jsonl, train.jsonl and generate.jsonl; what is there is kept if the run is
-# stopped. `python -m benchmarks report OUTDIR` makes the page. --dry walks the same path on a CPU with tiny sizes.
+# Installs the checkout (or FILE) without dependencies into a temporary folder, compares the instructions of csrc/device with their
+# host body, runs the op tests compiled, then the op benchmarks, then whole models, as far as the time goes, and prints a short table
+# last. --only takes a part (several allowed). OUTDIR (default gpu-results) gets summary.txt, conformance.txt, tests.txt, ops.txt,
+# ops.jsonl, train.jsonl and generate.jsonl; what is there is kept if the run is stopped. `python -m benchmarks report OUTDIR` makes
+# the page. --dry walks the same path on a CPU with tiny sizes.
 set -uo pipefail
 set -m # else bash lets background jobs ignore the SIGINT by which pytest is asked to stop and sum up
 
@@ -21,7 +22,7 @@ while [ $# -gt 0 ]; do
         conformance|correctness|ops|attention|models) only="$only $2"; shift ;;
         *) echo "gpu.sh: --only takes conformance, correctness, ops, attention or models, not '${2:-}'" >&2; exit 2 ;;
       esac ;;
-    -h|--help) sed -n '2,9p' "$0" | cut -c3-; exit 0 ;;
+    -h|--help) sed -n '2,10p' "$0" | cut -c3-; exit 0 ;;
     -*) echo "gpu.sh: unknown option $1; see --help" >&2; exit 2 ;;
     *) out="$1" ;;
   esac
@@ -33,7 +34,7 @@ out="$(cd "${out:-gpu-results}" && pwd)"
 python="${PYTHON:-python3}"
 work="$(mktemp -d)"
 summary="$out/summary.txt"
-for name in tests.txt ops.txt ops.jsonl train.jsonl generate.jsonl; do : > "$out/$name"; done
+for name in conformance.txt tests.txt ops.txt ops.jsonl train.jsonl generate.jsonl; do : > "$out/$name"; done
 : > "$summary"
 wants() { [ -z "$only" ] || [[ " $only " == *" $1 "* ]]; }
 left() { echo $((limit - SECONDS)); }
@@ -43,6 +44,7 @@ finish() {
   trap - EXIT INT TERM
   {
     echo
+    grep -E "FAILED|[1-9][0-9]* differ" "$out/conformance.txt" | cut -c1-160 | head -n 15
     tail -n 1 "$out/tests.txt"
     grep -E "^(FAILED|ERROR)" "$out/tests.txt" | cut -c1-160 | head -n 15
     grep "tokens/s" "$out/ops.txt"
@@ -106,6 +108,16 @@ check() {
   say "tests: exit status $? ($SECONDS s)"
 }
 
+# The instructions of the device layer on this GPU against their host body; a kernel that waits for ever costs no more than this.
+conform() {
+  local arguments=()
+  [ $dry = 1 ] && arguments=(--dry)
+  timeout --signal=INT --kill-after=5 120 "$python" -m tests.csrc.conformance "${arguments[@]}" >"$out/conformance.txt" 2>&1 &
+  job=$!
+  wait "$job"
+  say "conformance: exit status $? ($SECONDS s): $(tail -n 1 "$out/conformance.txt" | cut -c1-160)"
+}
+
 # timed NAME MODULE OPTIONS...: one process for each: a kernel that breaks the GPU's context costs one of them.
 timed() {
   local name="$1"
@@ -120,7 +132,7 @@ measure() { timed "$1" benchmarks run --op "$@" --suite "$suite" "${options[@]}"
 # First every op without torch.compile, whose own compiling takes most of the time; then the models; then every op with it, as far as
 # time allows; last attention beside FlexAttention, which is torch.compile too. The table takes the latest pass there is, so that
 # what it compares was measured in one process.
-[[ " $only " == *" conformance "* ]] && say "conformance: csrc/ has no such program yet; nothing was run"
+wants conformance && conform
 wants correctness && check
 ops=""
 for op in $("$python" -m benchmarks run --list); do

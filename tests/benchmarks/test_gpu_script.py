@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,18 @@ def test_help_and_unknown_option():
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses on a CPU")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_conformance(tmp_path):
+    done = _run("--dry", "--only", "conformance", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "philox" in (tmp_path / "conformance.txt").read_text()
+    summary = (tmp_path / "summary.txt").read_text()
+    assert re.search(r"conformance: exit status 0 \(\d+ s\): conformance: all \d+ cases agree", summary)
+    assert "tests:" not in summary and (tmp_path / "ops.jsonl").read_text() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses on a CPU")
 def test_one_part(tmp_path):
     done = _run("--dry", "--only", "models", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,7 +63,7 @@ def test_one_part(tmp_path):
 def test_rehearsal(tmp_path):
     done = _run("--dry", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
-    names = ["generate.jsonl", "ops.jsonl", "ops.txt", "summary.txt", "tests.txt", "train.jsonl"]
+    names = ["conformance.txt", "generate.jsonl", "ops.jsonl", "ops.txt", "summary.txt", "tests.txt", "train.jsonl"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert "installed the checkout" in summary and "tests: exit status 0" in summary

@@ -1,0 +1,279 @@
+"""The conformance program without a GPU: its kernels on the host body against torch, what it says, and that nvcc builds it."""
+
+import ctypes
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from fastlm.ops.random_bits import philox
+from tests.csrc import conformance
+from tests.csrc.conformance import CASES, DeviceError, OnHost, Side, built, compare, main, run, within
+from tests.csrc.host_library import In, needs_compiler, needs_nvcc
+
+LANE = torch.arange(32)
+
+
+def words(t):
+    """int32 masks as numbers of 32 bits."""
+    return t.flatten().long() & 0xFFFFFFFF
+
+
+def lanes_in(masks):
+    """bool [rounds, 32, 32]: whether the second lane is in the mask of the first, or among the others with it."""
+    inside = words(masks)[:, None] >> LANE & 1
+    return inside[:, :, None] == inside[:, None, :]
+
+
+def shuffles(x, argument, widths, kinds, masks, out, rounds):
+    width, kinds, argument = widths.long(), kinds.long(), argument.long()
+    first = LANE & -width
+    from_lanes = (
+        first + argument % width,
+        torch.where(LANE - argument >= first, LANE - argument, LANE),
+        torch.where(LANE + argument < first + width, LANE + argument, LANE),
+        torch.where((LANE ^ argument) < first + width, LANE ^ argument, LANE),
+    )
+    return [torch.stack([torch.where(kinds >> i & 1 == 1, x.gather(1, f), x) for i, f in enumerate(from_lanes)])]
+
+
+def votes(predicate, masks, out, rounds):
+    mine, said = lanes_in(masks), predicate.bool()[:, None, :]
+    ballot = ((mine & said).long() << LANE).sum(-1)
+    signed = ballot - (ballot >> 31 << 32)
+    return [torch.stack([signed, (mine & said).any(-1), (said | ~mine).all(-1)], -1).int()]
+
+
+def warp_barriers(x, following, masks, out, rounds):
+    for i in range(3):
+        x = torch.zeros_like(x).scatter(1, following.long(), x) * 3 + i
+    return [x]
+
+
+def reductions(x, out, threads):
+    """Sums of pairs of lanes, then of pairs of pairs; warps' sums likewise."""
+
+    def sums(t, width):
+        lanes = t.view(-1, 32)
+        while width > 1:
+            width //= 2
+            lanes = lanes + lanes[:, LANE ^ width]
+        return lanes.flatten()
+
+    def tops(t, width):
+        top = t.view(-1, width).amax(1, keepdim=True)
+        return top.expand(-1, width).flatten()
+
+    warps = torch.zeros(32)
+    warps[: threads // 32] = sums(x, 32)[::32]
+    rows = [sums(x, n) for n in (1, 2, 8, 32)] + [tops(x, n) for n in (4, 16, 32)]
+    return [torch.stack([*rows, sums(warps, 32)[:1].expand(threads), x.max().expand(threads)])]
+
+
+def vectors(x, out):
+    return [x]
+
+
+def named_barriers(x, out, rounds):
+    return [torch.stack([x[:, (LANE + warp) % 32] for warp in (1, 2)], 1)]
+
+
+def extremes(a, b, out, n):
+    return [torch.stack([torch.where(b < a, b, a), torch.maximum(a, b)])]
+
+
+def from_float(x, out, n):
+    return [torch.where(x.isnan(), torch.tensor(0x7FFF).short().view(out.dtype), x.to(out.dtype))]
+
+
+def functions(function):
+    def exact(x, out, n):
+        flushed = torch.where(x.abs() < 2.0**-126, torch.copysign(torch.zeros(()), x), x).double()
+        return [function(flushed).float()]
+
+    return exact
+
+
+def atomics(x, cells, old, sums, blocks):
+    by_block = x.view(blocks, -1)
+    tops = [t.clamp_min(0) for t in (x.max(), by_block.amax(1))]
+    total, totals = x.sum(dtype=x.dtype), by_block.sum(1, dtype=x.dtype)
+    cells = torch.stack([total, tops[0], total, x[-1], torch.tensor(3 * x.numel(), dtype=x.dtype)])
+    drawn = torch.cat([torch.zeros(1, dtype=x.dtype), x[:-1]])  # as if the threads had come one after the other
+    return [
+        cells,
+        torch.stack([drawn, 3 * torch.arange(x.numel(), dtype=x.dtype)]),
+        torch.stack([totals, tops[1], totals], 1),
+    ]
+
+
+def wraps(cell, old, blocks, last):
+    drawn = torch.arange(blocks * 128) % (last + 1)
+    return [torch.tensor([blocks * 128 % (last + 1)]).int(), drawn.int()]
+
+
+def tickets(x, partial, counter, out, blocks):
+    total = torch.zeros(256)
+    for row in x:
+        total = total + row
+    return [x, counter, total]
+
+
+def grid_barriers(a, b, state, blocks, rounds):
+    grids = [a, b]
+    for i in range(rounds):
+        grids[1 - i % 2] = 3 * grids[i % 2].roll(1, 0).flip(1) - grids[i % 2].roll(-1, 0) + i + 1
+    return [*grids, torch.tensor([0, rounds]).int()]
+
+
+def flags(x, out, box, state, pairs, rounds):
+    return [x.flip(2), x[:, -1], torch.full_like(state, rounds)]
+
+
+ORACLES = {
+    "shuffles": shuffles,
+    "votes": votes,
+    "warp_barriers": warp_barriers,
+    "reductions": reductions,
+    "vectors": vectors,
+    "named_barriers": named_barriers,
+    "extremes": extremes,
+    "pointers": lambda x, out: [x.view(torch.int32) + (torch.arange(64).int() + 4) // 5],
+    "cleared": lambda x, n: [torch.where(torch.arange(999) < n, 0, x)],
+    "to_float": lambda x, out, n: [x.float()],
+    "from_float": from_float,
+    "exp2": functions(torch.exp2),
+    "log2": functions(torch.log2),
+    "rsqrt": functions(torch.rsqrt),
+    "reciprocal": functions(torch.reciprocal),
+    "tanh": functions(torch.tanh),
+    "random_words": lambda seed, counter, out, n: [torch.stack(philox(seed, *counter.unbind(1)), -1)],
+    "atomics": atomics,
+    "wraps": wraps,
+    "tickets": tickets,
+    "grid_barriers": grid_barriers,
+    "flags": flags,
+}  # fmt: skip
+
+
+class Oracle(Side):
+    """Takes the place of the GPU: what torch says a case must give."""
+
+    def run(self, case, values):
+        name = max((n for n in ORACLES if case.launcher.startswith(n)), key=len)
+        return ORACLES[name](*[v.tensor if isinstance(v, In) else v for v in values])
+
+
+class Changed(OnHost):
+    """The host body, but for what `change` makes of a case's last result."""
+
+    major = 8
+
+    def __init__(self, change):
+        super().__init__("random")
+        self._change = change
+
+    def run(self, case, values):
+        *others, last = super().run(case, values)
+        return [*others, self._change(last)]
+
+
+def named(word):
+    return next(c for c in CASES if c.name.startswith(word))
+
+
+@pytest.fixture(scope="module")
+def host():
+    return OnHost()
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.launcher)
+def test_the_host_body_gives_what_torch_does(case, host):
+    found = compare(case, Oracle(), host, seed=3, repeats=2)
+    assert found.values > 60 and found.wrong == 0, found.example
+
+
+@needs_compiler
+def test_a_rehearsal_names_every_case(capsys):
+    assert main(["--dry"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "threads in random order" in lines[0] and re.search(rf"all {len(CASES)} cases agree; \d+ values", lines[-1])
+    assert [line.split("  ")[0] for line in lines[1:-1]] == [c.name for c in CASES]
+    assert all(re.search(r"\d+ values +0 differ$", line) for line in lines[1:-1])
+
+
+@needs_compiler
+def test_what_differs_is_counted_and_named(host, capsys):
+    def flip(t):
+        bits = t.view(torch.int32).clone()
+        bits.flatten()[7] ^= 1
+        return bits.view(t.dtype)
+
+    cases = [named("warp_ballot"), named("warp_sum"), named("atomic_wrap"), named("philox")]
+    assert run(Changed(flip), host, cases, seed=1, repeats=2) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert "4 of 4 cases differ" in last
+    assert all(" 2 differ" in line and "where the host body has" in line for line in lines[:2] + lines[3:])
+    assert "result 0 at [0, 2, 1]" in lines[0]
+
+
+@needs_compiler
+@pytest.mark.parametrize("factor, status, worst", [(1 + 2.0**-23, 0, "2^-2"), (1 + 1.5 * 2.0**-20, 1, "2^-19.")])
+def test_approximate_functions_have_their_error(host, factor, status, worst, capsys):
+    assert run(Changed(lambda t: (t.double() * factor).float()), host, [named("fast_exp2")], 0, 1) == status
+    assert f"worst error {worst}" in capsys.readouterr().out
+
+
+def test_errors_are_relative_down_to_the_floor():
+    want = torch.tensor([1.0, 2.0**-126, 0.0, torch.inf, torch.nan, -4.0, 1.0])
+    found = torch.tensor([1.0 + 2**-20, 0.0, 2.0**-127, torch.inf, torch.nan, -4.0, torch.nan])
+    wrong, worst = within(2.0**-20)(found, want)
+    assert wrong.tolist() == [False] * 6 + [True] and worst == torch.inf
+    assert within(2.0**-20)(-found, want)[0].tolist() == [True, False, False, True, False, True, True]
+    wrong, _ = within(2.0**-22, 2.0**-22)(torch.tensor([2.0**-22, 2.0**-20]), torch.zeros(2))
+    assert wrong.tolist() == [False, True]
+
+
+@needs_compiler
+def test_a_gpu_that_fails_ends_the_run_and_other_gpus_instructions_are_passed_over(host, capsys):
+    def fail(_):
+        raise DeviceError("the kernel failed: illegal memory access")
+
+    hopper = dataclasses.replace(named("fill_zero"), name="hopper's", majors=(9,))
+    assert run(Changed(fail), host, [hopper, named("philox"), named("warp_ballot")], 0, 1) == 1
+    out = capsys.readouterr().out
+    assert (
+        "not run: for compute capability 9.x" in out and "FAILED  the kernel failed" in out and "warp_ballot" not in out
+    )
+    assert run(Changed(lambda t: t), host, [hopper], 0, 1) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on it")
+def test_without_a_gpu_it_says_so(capsys):
+    assert main([]) == 2 and "torch sees no CUDA GPU; run it where there is one, or --dry" in capsys.readouterr().err
+    assert main(["--only", "nothing"]) == 2 and "no case is named like nothing" in capsys.readouterr().err
+
+
+def test_without_a_compiler_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(conformance, "BUILT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["--dry"]) == 2 and "is not built, and cannot be here: " in capsys.readouterr().err
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", sorted({c.source for c in CASES}))
+def test_nvcc_builds_it_with_every_launcher(source):
+    dll = ctypes.CDLL(str(built(conformance.HERE / source, "sm_90a")))
+    for case in CASES:
+        assert case.source != source or getattr(dll, case.launcher)
+
+
+@pytest.mark.gpu
+@needs_nvcc
+@needs_compiler
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu(capsys):
+    status = main(["--repeats", "2"])
+    assert status == 0, capsys.readouterr().out
