@@ -10,8 +10,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,15 @@ class HostLibrary:
             missing = self._dll.fastlm_host_unwritten(out.tensor.data_ptr())
             if out.tensor.is_contiguous() and missing:
                 raise HostError(f"{function} left {missing} bytes of an output unwritten")
+
+    @contextmanager
+    def without_clusters(self) -> Iterator[None]:
+        """Launchers find a GPU that has no clusters (most_cluster_blocks() is 1), until the block ends."""
+        self._dll.fastlm_host_clusters(1)
+        try:
+            yield
+        finally:
+            self._dll.fastlm_host_clusters(8)
 
     def _pointer(self, name: str, value: In):
         if value.tensor is None:

@@ -15,9 +15,11 @@ inline const char* verb(Use use) { return use == Use::read ? "read" : use == Use
 
 // "bytes 12 to 15 of shared memory 'partial' (128 bytes)"
 inline std::string bytes_of(const Region& region, int64_t offset, size_t bytes) {
-  return format("bytes %lld to %lld of %s '%s' (%zu bytes)", static_cast<long long>(offset),
-                static_cast<long long>(offset + static_cast<int64_t>(bytes) - 1), region.shared ? "shared memory" : "buffer",
-                region.name.c_str(), region.bytes);
+  const bool of_another = region.shared && machine.block && region.owner != machine.block->index;
+  return format("bytes %lld to %lld of %s%s '%s' (%zu bytes)", static_cast<long long>(offset),
+                static_cast<long long>(offset + static_cast<int64_t>(bytes) - 1),
+                of_another ? format("block %lld's ", static_cast<long long>(region.owner)).c_str() : "",
+                region.shared ? "shared memory" : "buffer", region.name.c_str(), region.bytes);
 }
 
 [[noreturn]] inline void fail_race(const Region& region, int64_t offset, size_t bytes, Use use, const Access& before,
@@ -27,7 +29,8 @@ inline std::string bytes_of(const Region& region, int64_t offset, size_t bytes) 
   fail_with(at, format("race: %s of %s, which %s%s %s at %s; %s", verb(use), bytes_of(region, offset, bytes).c_str(),
                        same ? "" : format("block %lld, ", static_cast<long long>(before.block())).c_str(), by.c_str(), did,
                        place(before.at).c_str(),
-                       !same   ? "no fence and atomic (device_fence, ticket) lie between"
+                       !same   ? region.shared ? "no cluster barrier lies between"
+                                               : "no fence and atomic (device_fence, ticket) lie between"
                        : agent ? "this thread has not waited for it"
                                : "no barrier lies between"));
 }
@@ -41,7 +44,7 @@ inline void track(Region& region, int64_t offset, size_t bytes, Use use, const A
     if (use != Use::write && !region.written.empty() && !region.written[i]) {
       fail_with(at, format("%s of %s, which nobody wrote", verb(use), bytes_of(region, offset, bytes).c_str()));
     }
-    if (cell.writer.key && !(cell.writer.atomic() && atomic) && !ordered(cell.writer)) {
+    if (cell.writer.key && !(cell.writer.atomic() && atomic) && !ordered(cell.writer, region.shared)) {
       fail_race(region, offset, bytes, use, cell.writer, "wrote", at);
     }
     if (use == Use::read || use == Use::atomic_read) {
@@ -50,7 +53,9 @@ inline void track(Region& region, int64_t offset, size_t bytes, Use use, const A
       continue;
     }
     for (const Access& reader : cell.readers) {
-      if (reader.key && !(reader.atomic() && atomic) && !ordered(reader)) fail_race(region, offset, bytes, use, reader, "read", at);
+      if (reader.key && !(reader.atomic() && atomic) && !ordered(reader, region.shared)) {
+        fail_race(region, offset, bytes, use, reader, "read", at);
+      }
     }
     cell.readers[0] = cell.readers[1] = Access();
     cell.writer = now;
@@ -68,6 +73,17 @@ inline Region* buffer_at(const void* p) {
     if (p == buffer->begin + buffer->bytes) return buffer.get();
   }
   return nullptr;
+}
+
+// An access to the shared memory of another block of the cluster, which must have begun and not have returned.
+inline void check_remote(const Region& region, int64_t offset, size_t bytes, Use use, const Where& at) {
+  const Block& mine = *machine.block;
+  const Block* const owner = in_cluster(region.owner);
+  const std::string what = format("%s of %s", verb(use), bytes_of(region, offset, bytes).c_str());
+  if (owner == nullptr) fail_with(at, what + ": a block that is not in this one's cluster");
+  if (machine.thread->phase == 0) fail_with(at, what + " before the first cluster barrier: that block may not have begun");
+  if (owner->live == 0) fail_with(at, what + ": that block has returned");
+  mine.cluster->remote[owner->rank][{mine.rank, machine.thread->id}] = {machine.thread->clock, at, what};
 }
 
 // Stops at what is wrong with an access whoever makes it. The place in the region, which must be one.
@@ -91,6 +107,7 @@ inline int64_t check_place(const void* p, Region* region, size_t bytes, size_t a
   if (offset < 0 || offset + bytes > region->bytes) {
     fail_with(at, format("out of bounds: %s of %s", verb(use), bytes_of(*region, offset, bytes).c_str()));
   }
+  if (region->shared && region->owner != machine.block->index) check_remote(*region, offset, bytes, use, at);
   if (region->mode == Mode::input && (use == Use::write || use == Use::atomic)) {
     fail_with(at, format("%s of %s, which is an input", verb(use), bytes_of(*region, offset, bytes).c_str()));
   }

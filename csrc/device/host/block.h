@@ -39,6 +39,10 @@ struct Thread {
   uint32_t clock = 1;
   const uint32_t* known = nullptr;
   Proxied proxied[2];  // shared and global memory
+  size_t phase = 0;    // how many of its cluster's barriers it knows to be over
+  bool arrived = false;  // at the barrier `arrived_at`, without having come out of it yet
+  size_t arrived_at = 0;
+  bool waits_for_cluster = false;
 };
 
 struct Arrival {
@@ -64,9 +68,13 @@ struct Meeting {
   int source[32];
 };
 
+struct Cluster;
+
 struct Block {
   int64_t index = 0;
   int x = 0, y = 0, z = 0;
+  Cluster* cluster = nullptr;
+  int rank = 0;  // in it
   int live = 0;
   std::vector<std::unique_ptr<Thread>> threads;
   std::map<const void*, std::unique_ptr<Region>> arrays;  // static shared memory, by its place in the source
@@ -84,6 +92,26 @@ struct Block {
   }
 };
 
+// Blocks that are live together, one after the other along x (cluster.h).
+struct Cluster {
+  struct Arrived {
+    const uint32_t* known;
+    int thread;
+    uint32_t clock;
+  };
+  struct Remote {  // a thread's last access to the shared memory of another block
+    uint32_t clock;
+    Where at;
+    std::string what;
+  };
+  std::vector<std::unique_ptr<Block>> blocks;
+  size_t live = 0;
+  std::vector<std::vector<Arrived>> arrived;         // of each block, at the next barrier
+  std::vector<Barrier> places;                       // and where
+  std::vector<std::vector<const uint32_t*>> phases;  // of each barrier that is over and each block: the clocks of its slots
+  std::vector<std::map<std::pair<int, int>, Remote>> remote;  // to each block's memory, by (rank, thread)
+};
+
 // Asynchronous work (engine.h); only files that include async.h have it.
 struct Engine {
   virtual ~Engine() = default;
@@ -99,13 +127,14 @@ struct Machine {
   // set by the tests
   int order = 0;  // of threads and blocks: 0 forward, 1 backward, 2 random
   uint64_t seed = 1;
-  int resident = 2;  // blocks live at once in an ordinary launch
+  int resident = 2;  // blocks (or clusters) live at once in an ordinary launch
+  int most_cluster_blocks = 8;
   bool late_copies = false, late_products = false;
   Engine* engine = nullptr;
   std::vector<std::unique_ptr<Region>> buffers;
   // of the launch
   Dim grid;
-  int block_threads = 0, shared_bytes = 0;
+  int block_threads = 0, shared_bytes = 0, cluster_blocks = 1;
   std::function<void()> body;
   std::vector<Ledger> ledgers;
   std::unordered_map<uint64_t, std::unordered_map<int64_t, size_t>> releases;  // address of an atomic -> block -> its fences
@@ -173,10 +202,14 @@ inline void join(Block& block, const std::vector<Arrival>& arrivals) {
       for (int i = 0; i < block.slots; ++i) all[i] = std::max(all[i], last[i]);
     }
   }
-  for (const Arrival& a : arrivals) all[a.thread->id] = std::max(all[a.thread->id], a.thread->clock);
+  size_t phase = 0;
+  for (const Arrival& a : arrivals) {
+    all[a.thread->id] = std::max(all[a.thread->id], a.thread->clock);
+    phase = std::max(phase, a.thread->phase);
+  }
   if (machine.engine) join_proxied(block, arrivals);
   for (const Arrival& a : arrivals) {
-    if (a.waits) a.thread->known = all;
+    if (a.waits) a.thread->known = all, a.thread->phase = phase;
     ++a.thread->clock;
   }
 }
@@ -322,6 +355,17 @@ inline void publish() {
   fences.push_back(fences.empty() ? std::vector<uint32_t>(block.slots, 0) : fences.back());
   for (int i = 0; i < block.slots; ++i) fences.back()[i] = std::max(fences.back()[i], me.known[i]);
   fences.back()[me.id] = me.clock++;
+  for (size_t rank = 0; me.phase && rank < block.cluster->blocks.size(); ++rank) {  // and what a cluster barrier told of others
+    const int64_t other = block.cluster->blocks[rank]->index;
+    if (other == block.index) continue;
+    auto& theirs = machine.ledgers[other].fences;
+    const uint32_t* known = block.cluster->phases[me.phase - 1][rank];
+    theirs.push_back(theirs.empty() ? std::vector<uint32_t>(block.slots, 0) : theirs.back());
+    for (int i = 0; i < block.slots; ++i) theirs.back()[i] = std::max(theirs.back()[i], known[i]);
+    auto& by_proxy = machine.ledgers[other].proxied;  // as many as there are fences
+    if (machine.engine) by_proxy.push_back(by_proxy.empty() ? std::vector<uint32_t>(block.slots, 0) : by_proxy.back());
+    machine.ledgers[block.index].seen[other] = theirs.size();
+  }
   if (!machine.engine) return;
   auto& proxied = machine.ledgers[block.index].proxied;
   proxied.push_back(proxied.empty() ? std::vector<uint32_t>(block.slots, 0) : proxied.back());
@@ -343,12 +387,28 @@ inline void release(const void* address) {
   for (auto [block, fences] : mine.seen) at[block] = std::max(at[block], fences);
 }
 
-// Whether an earlier access is known to have happened before what this thread does now.
-inline bool ordered(const Access& before) {
+// Whether the running thread knows, by a cluster barrier, what another block of its cluster did up to `clock`.
+inline bool ordered_in_cluster(const Block& other, int slot, uint32_t clock) {
+  const size_t phase = machine.thread->phase;
+  return phase > 0 && machine.block->cluster->phases[phase - 1][other.rank][slot] >= clock;
+}
+
+// The block of the running one's cluster with this index, or null.
+inline Block* in_cluster(int64_t index) {
+  const Block& mine = *machine.block;
+  const int64_t rank = index - (mine.index - mine.rank);
+  return rank >= 0 && rank < machine.cluster_blocks ? mine.cluster->blocks[rank].get() : nullptr;
+}
+
+// Whether an earlier access, to shared memory or not, is known to have happened before what this thread does now.
+inline bool ordered(const Access& before, bool shared) {
   if (before.thread() >= kInFlight) return false;
   if (before.block() == machine.block->index) {
     return before.thread() == machine.thread->id || machine.thread->known[before.thread()] >= before.clock();
   }
+  const Block* const other = in_cluster(before.block());
+  if (other && ordered_in_cluster(*other, before.thread(), before.clock())) return true;
+  if (shared) return false;
   const auto& seen = machine.ledgers[machine.block->index].seen;
   const auto found = seen.find(before.block());
   if (found == seen.end() || found->second == 0) return false;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "access.h"
+#include "cluster.h"
 
 namespace device {
 namespace host {
@@ -35,7 +36,8 @@ class Launch {
     machine.releases.clear();
     for (auto& buffer : machine.buffers) buffer->track();
     if (machine.engine) machine.engine->begin();
-    for (int64_t i = 0; i < total_; ++i) order_.push_back(machine.order == 1 ? total_ - 1 - i : i);
+    const int64_t clusters = total_ / machine.cluster_blocks;
+    for (int64_t i = 0; i < clusters; ++i) order_.push_back(machine.order == 1 ? clusters - 1 - i : i);
     if (machine.order == 2) mix(order_, random_);
   }
 
@@ -43,13 +45,13 @@ class Launch {
   bool run() {
     machine.failed = false;
     while (!machine.failed) {
-      while (static_cast<int64_t>(live_.size()) < resident_ && next_ < total_) start(order_[next_++]);
+      while (static_cast<int64_t>(live_.size()) < resident_ && next_ < order_.size()) start_cluster(order_[next_++]);
       if (live_.empty()) break;
       round();
     }
     machine.thread = nullptr, machine.block = nullptr;
     if (!machine.failed) return true;
-    for (auto& block : live_) {  // their threads stand in the middle of a kernel: their stacks begin anew
+    for (Block* block : blocks()) {  // their threads stand in the middle of a kernel: their stacks begin anew
       for (auto& thread : block->threads) thread->fiber.entered = false;
     }
     while (!live_.empty()) retire(live_.size() - 1);
@@ -57,7 +59,27 @@ class Launch {
   }
 
  private:
-  void start(int64_t index) {
+  void start_cluster(int64_t index) {
+    const int count = machine.cluster_blocks;
+    live_.push_back(std::make_unique<Cluster>());
+    Cluster& cluster = *live_.back();
+    for (int rank = 0; rank < count; ++rank) {
+      cluster.blocks.push_back(start(index * count + rank));
+      cluster.blocks[rank]->cluster = &cluster, cluster.blocks[rank]->rank = rank;
+    }
+    cluster.live = count;
+    cluster.arrived.resize(count), cluster.places.resize(count), cluster.remote.resize(count);
+  }
+
+  std::vector<Block*> blocks() const {
+    std::vector<Block*> all;
+    for (auto& cluster : live_) {
+      for (auto& block : cluster->blocks) all.push_back(block.get());
+    }
+    return all;
+  }
+
+  std::unique_ptr<Block> start(int64_t index) {
     auto block = std::make_unique<Block>();
     block->index = index;
     block->x = static_cast<int>(index % machine.grid.x);
@@ -75,15 +97,18 @@ class Launch {
       Thread& thread = *block->threads[i];
       thread.id = i, thread.state = State::ready, thread.clock = 1, thread.known = nothing;
       thread.barrier = -1, thread.mask = 0, thread.object = nullptr, thread.proxied[0] = thread.proxied[1] = Proxied();
+      thread.phase = 0, thread.arrived = thread.waits_for_cluster = false;
     }
     block->meetings.resize(block->threads.size() / 32);
-    make_shared(block->dynamic, "dynamic_shared", machine.shared_bytes);
+    make_shared(block->dynamic, "dynamic_shared", index, machine.shared_bytes);
     block->shared_bytes = machine.shared_bytes;
-    live_.push_back(std::move(block));
+    return block;
   }
 
   void retire(size_t at) {
-    for (auto& thread : live_[at]->threads) machine.idle.push_back(std::move(thread));
+    for (auto& block : live_[at]->blocks) {
+      for (auto& thread : block->threads) machine.idle.push_back(std::move(thread));
+    }
     live_.erase(live_.begin() + at);
   }
 
@@ -92,9 +117,9 @@ class Launch {
     const uint64_t before = machine.steps;
     bool ran = false;
     turns_.clear();
-    for (auto& block : live_) {
+    for (Block* block : blocks()) {
       for (auto& thread : block->threads) {
-        if (thread->state != State::done) turns_.push_back({block.get(), thread.get()});
+        if (thread->state != State::done) turns_.push_back({block, thread.get()});
       }
     }
     if (machine.order == 1) std::reverse(turns_.begin(), turns_.end());
@@ -105,12 +130,18 @@ class Launch {
       machine.block = block, machine.thread = thread;
       enter(thread->fiber, thread_main);
       if (machine.failed) return;
-      if (thread->state == State::done) --block->live;
+      if (thread->state == State::done && --block->live == 0) {
+        --block->cluster->live;
+        check_returned(*block);
+        if (machine.failed) return;
+      }
     }
     for (size_t i = live_.size(); i-- > 0;) {
       if (live_[i]->live) continue;
-      if (machine.engine) machine.engine->end(*live_[i]);
-      if (machine.failed) return;
+      for (auto& block : live_[i]->blocks) {
+        if (machine.engine) machine.engine->end(*block);
+        if (machine.failed) return;
+      }
       retire(i);
     }
     if (ran || turns_.empty() || machine.steps != before) return;
@@ -121,7 +152,7 @@ class Launch {
   void stuck() {
     std::string text;
     Where first;
-    for (auto& block : live_) {
+    for (Block* block : blocks()) {
       std::map<std::string, std::vector<int>> groups;
       for (auto& thread : block->threads) {
         std::string group = "have returned";
@@ -132,6 +163,7 @@ class Launch {
             const Barrier& barrier = block->barriers[thread->barrier];
             group += format(" (barrier %d: %zu of %d have come)", thread->barrier, barrier.arrivals.size(), barrier.count);
           }
+          if (thread->waits_for_cluster) group += arrivals_of(*block->cluster);
           if (thread->mask) group += " for lanes " + lanes(thread->mask);
           if (thread->object) group += machine.engine->waits_for(*thread);
         }
@@ -139,15 +171,17 @@ class Launch {
       }
       for (auto& [group, threads] : groups) text += "\n  " + who(*block) + ", threads " + ranges(threads) + " " + group;
     }
-    if (next_ < total_) text += format("\n  %lld blocks have not begun", static_cast<long long>(total_ - next_));
+    const size_t left = (order_.size() - next_) * machine.cluster_blocks;
+    if (left) text += format("\n  %zu blocks have not begun", left);
     machine.report = place(first) + ": every thread waits for ever:" + text;
     machine.failed = true;
   }
 
  public:
-  static void make_shared(Region& region, const char* name, size_t bytes) {
+  static void make_shared(Region& region, const char* name, int64_t owner, size_t bytes) {
     region.name = name;
     region.shared = true;
+    region.owner = owner;
     region.bytes = bytes;
     region.storage.reset(new uint8_t[bytes + 1024]);
     const uint64_t start = reinterpret_cast<uint64_t>(region.storage.get());
@@ -158,16 +192,17 @@ class Launch {
 
  private:
   uint64_t random_;
-  int64_t total_ = 0, next_ = 0, resident_ = 1;
-  std::vector<int64_t> order_;
-  std::vector<std::unique_ptr<Block>> live_;
+  int64_t total_ = 0, resident_ = 1;
+  size_t next_ = 0;
+  std::vector<int64_t> order_;  // of the clusters; outside launch_cluster each block is one
+  std::vector<std::unique_ptr<Cluster>> live_;
   std::vector<std::pair<Block*, Thread*>> turns_;
 };
 
 constexpr int kFailed = 1;
 constexpr size_t kMostShared = 232448, kMostStatic = 48 << 10;
 
-inline int run(Dim grid, int threads, int shared_bytes, bool cooperative, std::function<void()> body) {
+inline int run(Dim grid, int cluster, int threads, int shared_bytes, bool cooperative, std::function<void()> body) {
   if (machine.failed) return kFailed;  // the report is still to be read
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535 || threads < 32 || threads > 1024 ||
       threads % 32 || shared_bytes < 0 || static_cast<size_t>(shared_bytes) > kMostShared) {
@@ -177,28 +212,56 @@ inline int run(Dim grid, int threads, int shared_bytes, bool cooperative, std::f
     machine.failed = true;
     return kFailed;
   }
+  if (cluster < 1 || cluster > kMostClusterBlocks || grid.x % cluster ||
+      (cluster > 1 && machine.most_cluster_blocks < 2)) {
+    machine.report = format("launch of a grid (%d, %d, %d) in clusters of %d blocks: a cluster has 1 to %d, which divide the "
+                            "grid's x, and the GPU must have clusters (most_cluster_blocks)",
+                            grid.x, grid.y, grid.z, cluster, kMostClusterBlocks);
+    machine.failed = true;
+    return kFailed;
+  }
   machine.grid = grid;
+  machine.cluster_blocks = cluster;
   machine.block_threads = threads;
   machine.shared_bytes = shared_bytes;
   machine.body = std::move(body);
   return Launch(cooperative).run() ? 0 : kFailed;
 }
 
-template <class T>
-inline Shared<T> static_array(const char* name, size_t count, const void* key, const Where& at) {
-  Block& block = *machine.block;
+// The array of a block that belongs to a place in the source.
+inline Region& array_of(Block& block, const std::string& name, size_t bytes, const void* key, const Where& at) {
   std::unique_ptr<Region>& array = block.arrays[key];
   if (!array) {
-    const size_t bytes = count * sizeof(T), all = block.shared_bytes + bytes;
+    const size_t all = block.shared_bytes + bytes;
     if (all > kMostShared || all - machine.shared_bytes > kMostStatic) {
-      fail_with(at, format("'%s' takes static shared memory to %zu bytes and the block's to %zu; there are %zu and %zu", name,
-                           all - machine.shared_bytes, all, kMostStatic, kMostShared));
+      fail_with(at, format("'%s' takes static shared memory to %zu bytes and the block's to %zu; there are %zu and %zu",
+                           name.c_str(), all - machine.shared_bytes, all, kMostStatic, kMostShared));
     }
     block.shared_bytes = all;
     array = std::make_unique<Region>();
-    Launch::make_shared(*array, name, bytes);
+    Launch::make_shared(*array, name.c_str(), block.index, bytes);
   }
-  return {reinterpret_cast<T*>(array->begin), array.get()};
+  return *array;
+}
+
+// The same shared memory of another block of the cluster.
+inline Region& same_region(const Region* region, int rank, const Where& at) {
+  Block& mine = *machine.block;
+  if (rank < 0 || rank >= machine.cluster_blocks) {
+    fail_with(at, format("cluster_pointer: rank %d of a cluster of %d blocks", rank, machine.cluster_blocks));
+  }
+  Block& other = *mine.cluster->blocks[rank];
+  if (region == &mine.dynamic) return other.dynamic;
+  for (auto& [key, array] : mine.arrays) {
+    if (array.get() == region) return array_of(other, region->name, region->bytes, key, at);
+  }
+  fail_with(at, "cluster_pointer: of a pointer that is not into this block's own shared memory");
+}
+
+template <class T>
+inline Shared<T> static_array(const char* name, size_t count, const void* key, const Where& at) {
+  Region& array = array_of(*machine.block, name, count * sizeof(T), key, at);
+  return {reinterpret_cast<T*>(array.begin), &array};
 }
 
 }  // namespace host
@@ -223,12 +286,12 @@ inline int fill_zero(void* p, size_t bytes, void*) {
 // The host body takes no stream: it is done when it returns.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), Dim grid, int threads, int shared_bytes, void*, Arguments... arguments) {
-  return host::run(grid, threads, shared_bytes, false, [=] { kernel(static_cast<Parameters>(arguments)...); });
+  return host::run(grid, 1, threads, shared_bytes, false, [=] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
 template <class... Parameters, class... Arguments>
 int launch_cooperative(void (*kernel)(Parameters...), Dim grid, int threads, int shared_bytes, void*, Arguments... arguments) {
-  return host::run(grid, threads, shared_bytes, true, [=] { kernel(static_cast<Parameters>(arguments)...); });
+  return host::run(grid, 1, threads, shared_bytes, true, [=] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
 }  // namespace device
@@ -246,6 +309,9 @@ FASTLM_HOST_API void fastlm_host_reset(int order, uint64_t seed, int resident) {
   machine.order = order & 3, machine.late_copies = order & 4, machine.late_products = order & 8;
   machine.seed = seed, machine.resident = resident;
 }
+
+// The GPU's most_cluster_blocks() from now on: 8, or 1 for one without clusters.
+FASTLM_HOST_API void fastlm_host_clusters(int most) { device::host::machine.most_cluster_blocks = most; }
 
 // mode: 0 input, 1 read and written, 2 output. From the first buffer on, accesses to any other memory are errors.
 FASTLM_HOST_API void fastlm_host_buffer(void* begin, size_t bytes, const char* name, int mode) {

@@ -50,6 +50,7 @@ struct Region {
   uint8_t* begin = nullptr;
   size_t bytes = 0;
   std::unique_ptr<uint8_t[]> storage;  // of shared memory
+  int64_t owner = -1;                  // the block whose shared memory it is
   std::vector<Cell> cells;             // empty for inputs
   std::vector<bool> written;           // of outputs
 
