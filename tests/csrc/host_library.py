@@ -34,6 +34,15 @@ FLAGS = [
 ]  # fmt: skip
 # (name, order of threads and blocks, blocks live at once)
 ORDERS = (("forward", 0, 2), ("backward", 1, 1), ("random", 2, 3))
+# Those of kernels with asynchronous work: copies at once (early) or only when nothing else can go on (late, + 4), and the same of
+# matrix products (+ 8).
+ASYNC_ORDERS = tuple(
+    (f"{name}, copies {copies}, products {products}", number + 4 * (copies == "late") + 8 * (products == "late"), resident)
+    for name, number, resident in ORDERS
+    for copies in ("early", "late")
+    for products in ("early", "late")
+)
+COPY_ORDERS = tuple(o for o in ASYNC_ORDERS if o[0].endswith("products early"))  # for kernels without matrix products
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -92,7 +101,7 @@ class HostLibrary:
         buffers: others, by name, that a kernel reaches through pointers in memory.
         Raises HostError with the report; also if bytes of a dense output were not written.
         """
-        (_, number, resident) = next(o for o in ORDERS if o[0] == order)
+        (_, number, resident) = next(o for o in ORDERS + ASYNC_ORDERS if o[0] == order)
         self._dll.fastlm_host_reset(number, 1, resident)
         for name, buffer in (buffers or {}).items():
             self._pointer(name, buffer)
@@ -203,15 +212,16 @@ def planted(source: str, bugs: dict[str, tuple[str, str]], folder: Path) -> dict
     return {name: library(str(path)).with_suffix(f"_{i}") for i, name in enumerate(bugs)}
 
 
-def same_in_all_orders(run: Callable[[str], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """What run(order) returns, after checking that it is the same, bit for bit, in every order of threads and blocks."""
+def same_in_all_orders(run: Callable[[str], tuple[Tensor, ...]], orders: Sequence[tuple] = ORDERS) -> tuple[Tensor, ...]:
+    """What run(order) returns, after checking that it is the same, bit for bit, in every order of threads and blocks; with
+    orders=ASYNC_ORDERS (or COPY_ORDERS) also of asynchronous work."""
     first = None
-    for name, _, _ in ORDERS:
+    for name, _, _ in orders:
         found = run(name)
         if first is None:
             first = found
         for a, b in zip(first, found):
             assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), (
-                f"order {name} gives other bits than {ORDERS[0][0]}"
+                f"order {name} gives other bits than {orders[0][0]}"
             )
     return first
