@@ -37,6 +37,7 @@ inline constexpr const char* kWants = "a CPU tensor: this library is the host bo
 inline bool is_ours(const Tensor& t) { return t.is_cpu(); }
 inline void* current_stream(const Tensor&) { return nullptr; }
 inline const char* error_text(int) { return "see fastlm_host_report"; }
+inline int multiprocessors(const Tensor&) { return 2; }
 struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
@@ -61,6 +62,14 @@ inline void* current_stream(const Tensor& t) {
 }
 
 inline const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+// Of the tensor's GPU.
+inline int multiprocessors(const Tensor& t) {
+  int count = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, t.get_device_index());
+  STD_TORCH_CHECK(error == cudaSuccess, "fastlm: the GPU does not say how many multiprocessors it has: ", cudaGetErrorString(error));
+  return count;
+}
 #endif
 
 inline int32_t dtype_of(const char* op, const char* name, const Tensor& t) {
