@@ -55,6 +55,7 @@ inline void wait_until(Awaited& awaited, F condition, const char* what, const Wh
 struct Chain : Awaited {
   uint64_t issued = 0, done = 0;
   bool busy = false;  // for the choice of what runs next
+  virtual void end(const Block&) const {}  // the block has ended: tells a mistake if somebody should have waited
 };
 
 struct Work {
@@ -196,6 +197,7 @@ class AsyncEngine final : public Engine {
         }
       }
     }
+    for (const auto& chain : found->second.chains) chain->end(block);
     const Registers& registers = found->second.registers;
     for (size_t warp = 0; warp < registers.changes.size(); ++warp) {
       if (registers.changes[warp] != registers.changes[warp / 4 * 4]) {
