@@ -136,6 +136,9 @@ def run_step(
 def _call(op: Op, backend: str, lists: Lists, numbers: Numbers, constants: tuple) -> None:
     if not isinstance(numbers.grad_scale, Tensor) and numbers.grad_scale == 1.0:
         numbers = numbers._replace(grad_scale=None)  # most steps need no clipping
+    if backend != "reference" and not torch.compiler.is_compiling():
+        # Neither a kernel's stores nor torch's fused steps are seen by autograd's version counters.
+        torch.autograd.graph.increment_version([t for tensors in lists.written() for t in tensors])
     if backend in op.plain_forms:
         op.plain(backend, *lists, numbers, constants)
     else:
@@ -144,21 +147,23 @@ def _call(op: Op, backend: str, lists: Lists, numbers: Numbers, constants: tuple
         values = [0.0 if isinstance(n, Tensor) else n for n in values]
         op.forward(*lists.flat(), *on_device, numbers.found_inf, numbers.seed, numbers.streams, *values,
                    numbers.average_decay, *constants, backend)  # fmt: skip
-    if backend != "reference" and not torch.compiler.is_compiling():
-        # Neither a kernel's stores nor torch's fused steps are seen by autograd's version counters.
-        torch.autograd.graph.increment_version([t for tensors in lists.written() for t in tensors])
 
 
 def _number(op: str, name: str, value: Any, device: torch.device) -> Any:
-    """A float, or a 0-d tensor on `device` where its value cannot be read without waiting for the device."""
+    """A float, or a 0-d tensor on `device` where its value cannot be read without waiting for the device (and for the step on
+    the CPU, where torch's fused steps take a tensor)."""
     if not isinstance(value, Tensor):
         return None if value is None else float(value)
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} must be a number or a tensor of one element, got {list(value.shape)}")
     value = value.full_tensor() if type(value).__name__ == "DTensor" else value
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if (
+        value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (name == "step" and device.type == "cpu")
+    ):
         return value.item()
-    return value.reshape(()).to(device)
+    return value if value.ndim == 0 and value.device == device else value.reshape(()).to(device)
 
 
 def _found_inf(op: str, value: Any, device: torch.device, backend: str) -> Any:

@@ -9,7 +9,8 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,39 @@ from torch import Tensor
 from fastlm.errors import UserError
 from fastlm.optim import state as storage
 from fastlm.optim.clip import clip_coefficient, global_norm
+
+_ONE = torch.ones(())
+
+
+class _Turn(NamedTuple):
+    """Parameters of one group that have made equally many steps, counted by one tensor, and make the next one together."""
+
+    group: dict[str, Any]
+    step: Tensor
+    states: list[dict[str, Tensor]]
+    alike: list[
+        tuple[list[Tensor], list[dict[str, Tensor]]]
+    ]  # (parameters, states), each list of one dtype, device and kind
+
+
+class _Plan(NamedTuple):
+    """The turns of a step. It serves the next one too, as long as the same parameters have gradients and the states are as it
+    left them: to find it again would take longer than to step a small model."""
+
+    moving: list[list[Tensor]]  # of each group: its parameters with a gradient
+    options: list[tuple]  # of each group: what its states were made for
+    states: list[dict[str, Tensor]]
+    steps: list[Tensor | None]
+    turns: list[_Turn]
+
+    def serves(self, moving: list[list[Tensor]], options: list[tuple], states: dict[Tensor, dict]) -> bool:
+        return (
+            self.options == options
+            and all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(self.moving, moving))
+            and len(self.states) == len(states)
+            and all(map(is_, self.states, states.values()))
+            and all(state.get("step") is step for state, step in zip(self.states, self.steps))
+        )
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -71,6 +105,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         self.skipped = torch.zeros((), dtype=torch.int64)
         self._prepared: dict[Tensor, tuple] = {}  # parameters whose state is complete -> for which options
+        self._plan: _Plan | None = None
         self._averaging = False
         self._loading: dict[str, Any] | None = None
         super().__init__(params, defaults)
@@ -129,7 +164,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        moving = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        grads = [p.grad for params in moving for p in params]
         if not grads:
             self.grad_norm = None
             return loss
@@ -145,9 +181,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         streams: dict[Tensor, int] = {}
         if any(group.get("precision") == "stochastic" or group.get("state_bits") == 8 for group in self.param_groups):
             streams = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        for group, params, step in self._counted(found_inf):
-            for same in self._alike(group, params):
-                self._launch(group, same, step, scale, found_inf, streams)
+        for turn in self._turns(moving):
+            step = self._count(turn, found_inf)
+            for params, states in turn.alike:
+                self._launch(turn.group, params, states, step, scale, found_inf, streams)
         return loss
 
     @property
@@ -189,10 +226,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
         return scale, found_inf
 
-    def _prepare(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _turns(self, moving: list[list[Tensor]]) -> list[_Turn]:
+        """Who steps together; `moving` are the parameters of each group that have a gradient."""
+        options = [
+            (self._moments(group), *map(group.get, storage.STORED), group.get("average_decay") is None)
+            for group in self.param_groups
+        ]
+        if self._plan is None or not self._plan.serves(moving, options, self.state):
+            for group, params, wanted in zip(self.param_groups, moving, options):
+                self._prepare(group, params, wanted)
+            turns = [
+                _Turn(group, self.state[params[0]]["step"], [self.state[p] for p in params], self._alike(params))
+                for group, params in self._counted_together(moving)
+            ]
+            states = list(self.state.values())
+            self._plan = _Plan(moving, options, states, [state.get("step") for state in states], turns)
+        return self._plan.turns
+
+    def _prepare(self, group: dict[str, Any], params: list[Tensor], options: tuple) -> None:
         """Completes the states of those of these parameters that are new, or whose group's options have changed."""
-        options = (self._moments(group), *map(group.get, storage.STORED), group.get("average_decay") is None)
-        changed = [p for p in params if self._prepared.get(p) != options]
+        changed = [
+            p for p in params if not self.state.get(p) or self._prepared.get(p) != options
+        ]  # a user may empty states
         if not changed:
             return
         self._validate(group)
@@ -205,59 +260,60 @@ class FusedOptimizer(torch.optim.Optimizer):
             storage.complete(self, p, group, state)
             self._prepared[p] = options
 
-    def _counted(self, found_inf: Tensor | None) -> Iterator[tuple[dict[str, Any], list[Tensor], int | Tensor]]:
-        """Each group with its parameters with a gradient, gathered by the steps they have made, and the number of this step.
+    def _counted_together(self, moving: list[list[Tensor]]) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
+        """Each group with those of its parameters with a gradient that have one step tensor, which then no other parameter has.
 
-        Parameters of a group that always step together share one step tensor: counting is one addition for all of them. It
-        lives on the host, as in torch, unless only the device knows whether a step is made.
+        Parameters of a group that always step together share it: counting is one addition for all of them. It lives on the
+        host, as in torch, unless only the device knows whether a step is made.
         """
         sharing: dict[int, dict[tuple, list[Tensor]]] = {}
-        for number, group in enumerate(self.param_groups):
-            self._prepare(group, [p for p in group["params"] if p.grad is not None])
+        for number, (group, params) in enumerate(zip(self.param_groups, moving)):
+            stepping = set(params)
             for p in group["params"]:
-                moves, state = p.grad is not None, self.state.get(p)
-                if moves and not state:  # the user has emptied it
-                    self._prepared.pop(p)
-                    self._prepare(group, [p])
-                    state = self.state[p]
+                state = self.state.get(p)
                 if state and "step" in state:
-                    sharing.setdefault(id(state["step"]), {}).setdefault((number, moves, p.device), []).append(p)
+                    part = (number, p in stepping, p.device)
+                    sharing.setdefault(id(state["step"]), {}).setdefault(part, []).append(p)
         for parts in sharing.values():
-            for (number, moves, device), params in parts.items():
-                if not moves:
+            for (number, steps, _), params in parts.items():
+                if not steps:
                     continue
-                step = self.state[params[0]]["step"]
-                to_device = found_inf is not None and step.device.type == "cpu" != device.type
-                if to_device or len(parts) > 1:  # the others count for themselves
-                    step = step.to(device) if to_device else step.clone()
+                if len(parts) > 1:  # the others count for themselves
+                    step = self.state[params[0]]["step"].clone()
                     for p in params:
                         self.state[p]["step"] = step
-                if found_inf is None:
-                    step += 1
-                else:
-                    step += found_inf.to(step.device) == 0
-                known = found_inf is None and step.device.type == "cpu"
-                yield self.param_groups[number], params, int(step) if known else step
+                yield self.param_groups[number], params
 
-    def _alike(self, group: dict[str, Any], params: list[Tensor]) -> list[list[Tensor]]:
-        """The parameters, split into lists of one dtype and device whose states are of the same kinds."""
-        if len({(p.dtype, p.device) for p in params}) == 1 and group.get("state_bits") != 8:
-            return [params]
+    def _count(self, turn: _Turn, found_inf: Tensor | None) -> int | Tensor:
+        """Counts the step; its number, from 1."""
+        step, device = turn.step, turn.alike[0][0][0].device
+        if found_inf is not None and step.device.type == "cpu" != device.type:
+            step = step.to(device)
+            for state in turn.states:
+                state["step"] = step
+        if found_inf is None:
+            step.add_(_ONE if step.device.type == "cpu" else 1)  # + 1 would make a tensor of it each time
+        else:
+            step += found_inf.to(step.device) == 0
+        return int(step) if step.device.type == "cpu" != device.type else step
+
+    def _alike(self, params: list[Tensor]) -> list[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+        """The parameters and their states, split into lists of one dtype and device whose states are of the same kinds."""
         found: dict[tuple, list[Tensor]] = {}
         for p in params:
             found.setdefault((p.dtype, p.device, *self.state[p]), []).append(p)
-        return list(found.values())
+        return [(same, [self.state[p] for p in same]) for same in found.values()]
 
     def _launch(
         self,
         group: dict[str, Any],
         params: list[Tensor],
+        states: list[dict[str, Tensor]],
         step: int | Tensor,
         scale: Any,
         found_inf: Tensor | None,
         streams: dict[Tensor, int],
     ) -> None:
-        states = [self.state[p] for p in params]
         kinds, device = states[0], params[0].device
         common: dict[str, Any] = {}
         if scale is not None:
@@ -369,7 +425,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_loaded(state["param_groups"])
             storage.restore(self, state, before, self._loading)
         super().__setstate__(state)
-        self._prepared, self._averaging, self._loading = {}, False, None
+        self._prepared, self._plan, self._averaging, self._loading = {}, None, False, None
         storage.share_steps(self)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastlm.errors import UserError
 from fastlm.ops.block_quantize import BLOCK, block_dequantize, block_quantize
 from fastlm.ops.master_weights import join_master, split_master
+from fastlm.optim.huge_pages import zeros_like
 
 PRECISIONS = ("nearest", "stochastic", "remainder", "master")
 STORED = ("precision", "state_bits")  # options that decide how a parameter's states are stored
@@ -61,7 +62,7 @@ def complete(optimizer: Any, p: Tensor, group: dict[str, Any], state: dict[str, 
     for place, name in enumerate(optimizer._moments(group)):
         if name not in state:
             dtype = _CODES[place] if codes else moment_dtype(p, group)
-            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            state[name] = zeros_like(p, dtype)
         if codes and f"{name}_scale" not in state:
             state[f"{name}_scale"] = _scale_of(p, torch.zeros(blocks_of(_local(p).numel()), device=p.device))
     _complete_master(p, group.get("precision"), state)
@@ -220,7 +221,7 @@ def _check_moments(optimizer: Any, key: Any, group: dict[str, Any], own: dict[st
 
 
 def share_steps(optimizer: Any) -> None:
-    """Gives parameters of a group with equal step counts one step tensor (see FusedOptimizer._counted)."""
+    """Gives parameters of a group with equal step counts one step tensor (see FusedOptimizer._counted_together)."""
     for group in optimizer.param_groups:
         shared: dict[float, Tensor] = {}
         for p in group["params"]:
