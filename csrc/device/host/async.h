@@ -18,7 +18,7 @@ namespace host {
 
 // The barrier at b, which must have been initialised before, as far as the running thread knows.
 inline MbarrierState& barrier_at(Shared<Mbarrier> b, const char* what, const Where& at) {
-  check_place(b.address(), b.region(), 8, 8, Use::atomic, at);
+  check_place(b.address(), b.region(), 8, 8, Use::read, at);
   const auto found = engine.barriers.find(b.address());
   if (found == engine.barriers.end()) {
     fail_with(at, format("%s: nobody has initialised an mbarrier at %s", what,
