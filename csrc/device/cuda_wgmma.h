@@ -4,10 +4,18 @@
 namespace device {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kWgmma = true;
 #define FASTLM_WGMMA_ASM(...) asm volatile(__VA_ARGS__)
 #else
+constexpr bool kWgmma = false;
 #define FASTLM_WGMMA_ASM(...) __trap()  // no such instruction: launchers refuse these devices
 #endif
+
+inline bool has_wgmma() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+}
 
 template <class T>
 DEVICE uint32_t pack_rounded(float low, float high) {
@@ -32,6 +40,10 @@ DEVICE void wgmma_fence_registers(T (&d)[M], Where) {
       asm volatile("" : "+r"(d[i])::"memory");
     }
   }
+}
+template <int M>
+DEVICE void computed_here(float (&d)[M]) {
+  wgmma_fence_registers(d, {});
 }
 DEVICE void wgmma_fence_all() { FASTLM_WGMMA_ASM("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit(Where = {}) { FASTLM_WGMMA_ASM("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -125,7 +137,7 @@ struct Wgmma;
                                                      ", p, 1, 1, %" #TB ";\n}"                                \
                    : FASTLM_REGISTERS_##M                                                                     \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TRANS_B))
-#define FASTLM_WGMMA(N, M, I0, I1, I2, I3, I4, I5, I6)                                            \
+#define FASTLM_WGMMA_WIDTH(N, M, I0, I1, I2, I3, I4, I5, I6)                                            \
   template <>                                                                                     \
   struct Wgmma<M> {                                                                               \
     template <bool BF16, int TRANS_A, int TRANS_B>                                                \
@@ -145,38 +157,38 @@ struct Wgmma;
       }                                                                                           \
     }                                                                                             \
   };
-FASTLM_WGMMA(8, 4, 4, 5, 6, 7, 8, 9, 10)
-FASTLM_WGMMA(16, 8, 8, 9, 10, 11, 12, 13, 14)
-FASTLM_WGMMA(24, 12, 12, 13, 14, 15, 16, 17, 18)
-FASTLM_WGMMA(32, 16, 16, 17, 18, 19, 20, 21, 22)
-FASTLM_WGMMA(40, 20, 20, 21, 22, 23, 24, 25, 26)
-FASTLM_WGMMA(48, 24, 24, 25, 26, 27, 28, 29, 30)
-FASTLM_WGMMA(56, 28, 28, 29, 30, 31, 32, 33, 34)
-FASTLM_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
-FASTLM_WGMMA(72, 36, 36, 37, 38, 39, 40, 41, 42)
-FASTLM_WGMMA(80, 40, 40, 41, 42, 43, 44, 45, 46)
-FASTLM_WGMMA(88, 44, 44, 45, 46, 47, 48, 49, 50)
-FASTLM_WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54)
-FASTLM_WGMMA(104, 52, 52, 53, 54, 55, 56, 57, 58)
-FASTLM_WGMMA(112, 56, 56, 57, 58, 59, 60, 61, 62)
-FASTLM_WGMMA(120, 60, 60, 61, 62, 63, 64, 65, 66)
-FASTLM_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70)
-FASTLM_WGMMA(136, 68, 68, 69, 70, 71, 72, 73, 74)
-FASTLM_WGMMA(144, 72, 72, 73, 74, 75, 76, 77, 78)
-FASTLM_WGMMA(152, 76, 76, 77, 78, 79, 80, 81, 82)
-FASTLM_WGMMA(160, 80, 80, 81, 82, 83, 84, 85, 86)
-FASTLM_WGMMA(168, 84, 84, 85, 86, 87, 88, 89, 90)
-FASTLM_WGMMA(176, 88, 88, 89, 90, 91, 92, 93, 94)
-FASTLM_WGMMA(184, 92, 92, 93, 94, 95, 96, 97, 98)
-FASTLM_WGMMA(192, 96, 96, 97, 98, 99, 100, 101, 102)
-FASTLM_WGMMA(200, 100, 100, 101, 102, 103, 104, 105, 106)
-FASTLM_WGMMA(208, 104, 104, 105, 106, 107, 108, 109, 110)
-FASTLM_WGMMA(216, 108, 108, 109, 110, 111, 112, 113, 114)
-FASTLM_WGMMA(224, 112, 112, 113, 114, 115, 116, 117, 118)
-FASTLM_WGMMA(232, 116, 116, 117, 118, 119, 120, 121, 122)
-FASTLM_WGMMA(240, 120, 120, 121, 122, 123, 124, 125, 126)
-FASTLM_WGMMA(248, 124, 124, 125, 126, 127, 128, 129, 130)
-FASTLM_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
+FASTLM_WGMMA_WIDTH(8, 4, 4, 5, 6, 7, 8, 9, 10)
+FASTLM_WGMMA_WIDTH(16, 8, 8, 9, 10, 11, 12, 13, 14)
+FASTLM_WGMMA_WIDTH(24, 12, 12, 13, 14, 15, 16, 17, 18)
+FASTLM_WGMMA_WIDTH(32, 16, 16, 17, 18, 19, 20, 21, 22)
+FASTLM_WGMMA_WIDTH(40, 20, 20, 21, 22, 23, 24, 25, 26)
+FASTLM_WGMMA_WIDTH(48, 24, 24, 25, 26, 27, 28, 29, 30)
+FASTLM_WGMMA_WIDTH(56, 28, 28, 29, 30, 31, 32, 33, 34)
+FASTLM_WGMMA_WIDTH(64, 32, 32, 33, 34, 35, 36, 37, 38)
+FASTLM_WGMMA_WIDTH(72, 36, 36, 37, 38, 39, 40, 41, 42)
+FASTLM_WGMMA_WIDTH(80, 40, 40, 41, 42, 43, 44, 45, 46)
+FASTLM_WGMMA_WIDTH(88, 44, 44, 45, 46, 47, 48, 49, 50)
+FASTLM_WGMMA_WIDTH(96, 48, 48, 49, 50, 51, 52, 53, 54)
+FASTLM_WGMMA_WIDTH(104, 52, 52, 53, 54, 55, 56, 57, 58)
+FASTLM_WGMMA_WIDTH(112, 56, 56, 57, 58, 59, 60, 61, 62)
+FASTLM_WGMMA_WIDTH(120, 60, 60, 61, 62, 63, 64, 65, 66)
+FASTLM_WGMMA_WIDTH(128, 64, 64, 65, 66, 67, 68, 69, 70)
+FASTLM_WGMMA_WIDTH(136, 68, 68, 69, 70, 71, 72, 73, 74)
+FASTLM_WGMMA_WIDTH(144, 72, 72, 73, 74, 75, 76, 77, 78)
+FASTLM_WGMMA_WIDTH(152, 76, 76, 77, 78, 79, 80, 81, 82)
+FASTLM_WGMMA_WIDTH(160, 80, 80, 81, 82, 83, 84, 85, 86)
+FASTLM_WGMMA_WIDTH(168, 84, 84, 85, 86, 87, 88, 89, 90)
+FASTLM_WGMMA_WIDTH(176, 88, 88, 89, 90, 91, 92, 93, 94)
+FASTLM_WGMMA_WIDTH(184, 92, 92, 93, 94, 95, 96, 97, 98)
+FASTLM_WGMMA_WIDTH(192, 96, 96, 97, 98, 99, 100, 101, 102)
+FASTLM_WGMMA_WIDTH(200, 100, 100, 101, 102, 103, 104, 105, 106)
+FASTLM_WGMMA_WIDTH(208, 104, 104, 105, 106, 107, 108, 109, 110)
+FASTLM_WGMMA_WIDTH(216, 108, 108, 109, 110, 111, 112, 113, 114)
+FASTLM_WGMMA_WIDTH(224, 112, 112, 113, 114, 115, 116, 117, 118)
+FASTLM_WGMMA_WIDTH(232, 116, 116, 117, 118, 119, 120, 121, 122)
+FASTLM_WGMMA_WIDTH(240, 120, 120, 121, 122, 123, 124, 125, 126)
+FASTLM_WGMMA_WIDTH(248, 124, 124, 125, 126, 127, 128, 129, 130)
+FASTLM_WGMMA_WIDTH(256, 128, 128, 129, 130, 131, 132, 133, 134)
 
 template <class T, Major A_MAJOR, Major B_MAJOR, int M, class A, class B>
 DEVICE void wgmma_shared(float (&d)[M], const A& a, const B& b, bool accumulate, Where) {

@@ -16,6 +16,9 @@ inline uint32_t shared_address(Shared<T> p) {
   return static_cast<uint32_t>(reinterpret_cast<const uint8_t*>(p.address()) - p.region()->begin);
 }
 
+constexpr bool kWgmma = true;
+inline bool has_wgmma() { return true; }
+
 template <class T>
 inline uint32_t pack_rounded(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
@@ -268,6 +271,8 @@ inline void wgmma_fence_registers(T (&registers)[M], const Where& at) {
   issuer.fenced.push_back({begin, std::vector<uint32_t>(begin, begin + M)});
 }
 inline void wgmma_fence_all() {}
+template <int M>
+inline void computed_here(float (&)[M]) {}
 
 // Until all groups of this thread but the last N are done. Its fragments are free then.
 template <int N>
