@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import attention_torch
+from fastlm.ops._cuda import not_measured
 from fastlm.ops._op import Op, autocast_dtype, host_values
 from fastlm.ops.append_kv import check_no_gradient, check_pages, check_per_row, places_of_cache
 from fastlm.ops.attention_options import RelativeBias
@@ -14,6 +15,7 @@ from fastlm.ops.attention_reference import reference as attention_reference
 
 MAX_WIDTH = 256
 MAX_QUERIES = 16
+_MAX_PLACES = 0x7FFF0000  # FASTLM_DECODE_ATTENTION_PLACES
 
 
 def _reference(call: Call, page_table: Tensor | None, return_lse: bool):
@@ -93,12 +95,17 @@ def _attend_span(call: Call, page_table: Tensor | None, span: tuple[int, int]) -
     return attention_torch.attend(*call, False)
 
 
-def _supports(backend, call, return_lse):
+def _supports(backend, call, page_table, return_lse):
     if backend == "torch":
         return attention_torch.reason_against(call, return_lse)
     width = max(call.q.shape[3], call.v.shape[3])
-    if backend == "triton" and width > MAX_WIDTH:
+    if backend in ("triton", "cuda") and width > MAX_WIDTH:
         return f"its heads are at most {MAX_WIDTH} wide, got {width}"
+    if backend == "cuda":
+        if call.v.shape[3] == 0:
+            return "its values are at least one element wide"
+        if _places(call.k, page_table) > _MAX_PLACES:
+            return f"a row has at most {_MAX_PLACES} places, got {_places(call.k, page_table)}"
     return None
 
 
@@ -109,8 +116,9 @@ OP = Op(
     " -> (Tensor o, Tensor lse)",
     reference=lambda *args: _reference(Call(*args[:-2]), *args[-2:]),
     torch=lambda *args: _torch(Call(*args[:-2]), *args[-2:]),
-    kernels={"triton": ("decode_attention:decode_attention", None)},
-    supports=lambda backend, *args: _supports(backend, Call(*args[:-2]), args[-1]),
+    kernels={"triton": ("decode_attention:decode_attention", None), "cuda": ("decode_attention_fwd", None)},
+    supports=lambda backend, *args: _supports(backend, Call(*args[:-2]), *args[-2:]),
+    slower=not_measured,
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
 )
 
@@ -244,7 +252,7 @@ def decode_attention(
             same number gives the same bits.
         return_lse: also return the log-sum-exp of the scores (and sink).
         check: check the values of lengths, key_starts and page_table on a GPU too, at the price of a wait.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cuda".
 
     Returns:
         o [B, S, H, Dv] in q's dtype; with return_lse the pair (o, lse), lse [B, H, S] fp32, natural logarithm. A query that
@@ -255,8 +263,9 @@ def decode_attention(
         than 16 queries, inputs that require a gradient outside torch.no_grad() (use ops.attention), an unsupported backend.
         TypeError: dtypes that differ or are not floating point, lengths that are not integers.
 
-    Backends: triton on compute capability >= 8.0, Dh and Dv <= 256; torch (the CPU's choice) without return_lse, softcap and
-    sinks. Papers: Dao et al. 2023, "Flash-Decoding for long-context inference"; Ainslie et al. 2023, arXiv:2305.13245.
+    Backends: triton on compute capability >= 8.0, Dh and Dv <= 256; cuda likewise (16-bit caches whose rows begin at 16 bytes are
+    read best), not chosen by "auto"; torch (the CPU's choice) without return_lse, softcap and sinks. Papers: Dao et al. 2023,
+    "Flash-Decoding for long-context inference"; Ainslie et al. 2023, arXiv:2305.13245.
     """
     places = _check(q, k_cache, v_cache, lengths, page_table, splits)
     if autocast_dtype(q) is not None:

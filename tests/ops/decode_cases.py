@@ -85,9 +85,9 @@ def plain(q, k_cache, v_cache, lengths, table, window=None, alibi_slopes=None, s
     return o, lse
 
 
-def check(args, options, *splits):
-    """Output and log-sum-exp under the accuracy rule, with every number of splits, in the reference and, where it serves the
-    call, in the torch form."""
+def check(args, options, *splits, backend="triton"):
+    """Output and log-sum-exp of a backend under the accuracy rule, with every number of splits, in the reference and, where it
+    serves the call, in the torch form."""
     wide = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
     host = lambda x: x.cpu() if isinstance(x, torch.Tensor) else x  # noqa: E731
 
@@ -98,7 +98,7 @@ def check(args, options, *splits):
 
     exact = call("reference", wide, return_lse=True)
     user = plain(*map(host, args), **{key: host(x) for key, x in options.items()})
-    runs = {f"triton, {n} splits": call("triton", splits=n, return_lse=True) for n in splits or (None,)}
+    runs = {f"{backend}, {n} splits": call(backend, splits=n, return_lse=True) for n in splits or (None,)}
     runs["reference"] = call("reference", return_lse=True)
     if not options.keys() & {"softcap", "sinks"}:
         runs["torch"] = (call("torch"),)

@@ -18,14 +18,14 @@ BACKENDS = ("reference", "torch", "triton")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def _check_guards(device, **options):
+def _check_guards(device, backend="triton", **options):
     for page, splits in ((0, 1), (6, 2)):
         args = cases.inputs(device, page, S=3, lengths=(5, 37))
         pairs = [guarded(t) for t in args if t is not None]
         inner = [t for t, _ in pairs]
 
         def call(q, k, v, n, table=None, splits=splits):
-            kept = {"splits": splits, "return_lse": True, "backend": "triton"}
+            kept = {"splits": splits, "return_lse": True, "backend": backend}
             return decode_attention(q, k, v, n, page_table=table, **kept, **options)
 
         with poison_empty():
