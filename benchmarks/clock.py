@@ -33,10 +33,12 @@ def _time_cpu(calls: Sequence[Callable], seconds: float) -> list[list[float]]:
             call()
         return (time.perf_counter_ns() - start) / repeats / 1e6
 
-    estimates = []
-    for call in calls:
+    def estimate(call: Callable) -> float:
         call()
-        estimates.append(min(clock(call, 1) for _ in range(3)))
+        found = clock(call, 1)
+        return found if found > 20 else min(found, clock(call, 1), clock(call, 1))  # slow calls vary less, and are dear
+
+    estimates = [estimate(call) for call in calls]
     repeats = [max(1, math.ceil(1.0 / max(e, 1e-4))) for e in estimates]  # a sample lasts a millisecond or more
     turn_ms = sum(e * r for e, r in zip(estimates, repeats))
     turns = int(min(max(seconds * 1e3 / turn_ms, 7), 200))

@@ -62,6 +62,7 @@ BENCH = Bench(
     },
     traffic=traffic,
     modes=("forward",),
+    gate_size=lambda size: size | {"layers": 1},
 )
 
 

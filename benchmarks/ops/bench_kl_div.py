@@ -62,7 +62,7 @@ BENCH = Bench(
         ],
     },
     traffic=traffic,
-    gate_size=lambda size: size | {"M": min(size["M"], 512)},
+    gate_size=lambda size: size | {"M": min(size["M"], 128)},
 )
 
 

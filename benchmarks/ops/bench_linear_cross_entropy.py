@@ -84,7 +84,7 @@ BENCH = Bench(
     flops=flops,
     # Where the gradients come out of the forward, a backward alone says nothing.
     modes=("forward", "both"),
-    gate_size=lambda size: size | {"M": min(size["M"], 1024)},
+    gate_size=lambda size: size | {"M": min(size["M"], 256)},
 )
 
 # One chunk: in more the same kernels come again.

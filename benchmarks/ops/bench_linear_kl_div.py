@@ -56,7 +56,7 @@ BENCH = Bench(
     flops=flops,
     # Where the gradients come out of the forward, a backward alone says nothing.
     modes=("forward", "both"),
-    gate_size=lambda size: size | {"M": min(size["M"], 512)},
+    gate_size=lambda size: size | {"M": min(size["M"], 128)},
 )
 
 ROWS, WIDTH, TEACHER_WIDTH = 1024, 2048, 4096

@@ -36,7 +36,7 @@ BENCH = Bench(
     providers=[*ours("linear_logprobs", ours_without_hit), plain(by_hand), compiled(by_hand)],
     sizes={
         "tiny": [{"M": 8, "D": 16, "V": 48}],
-        "cpu": [{"M": 1024, "D": 384, "V": 8192}, {"M": 2048, "D": 192, "V": 1024}],
+        "cpu": [{"M": 512, "D": 384, "V": 8192}, {"M": 2048, "D": 192, "V": 1024}],
         "quick": [
             {"M": 8192, "D": 768, "V": 50257},
             {"M": 8192, "D": 2048, "V": 128256},
@@ -44,7 +44,7 @@ BENCH = Bench(
         ],
     },
     flops=flops,
-    gate_size=lambda size: size | {"M": min(size["M"], 1024)},
+    gate_size=lambda size: size | {"M": min(size["M"], 256)},
 )
 
 # One chunk: in more the same kernels come again. These also serve linear_cross_entropy over a group.

@@ -50,6 +50,7 @@ BENCH = Bench(
     },
     traffic=traffic,
     modes=("forward",),
+    gate_size=lambda size: size | {"layers": 1},
 )
 
 
