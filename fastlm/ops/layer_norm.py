@@ -41,7 +41,7 @@ def layer_norm(
         weight_offset: added to weight in fp32.
         casting: "fp32": all in fp32, rounded once. "llama": the normalised s is rounded to x's dtype before it is scaled.
             Gradients see no rounding.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cuda".
 
     Returns:
         y [..., N] in x's dtype; with `residual` the pair (y, residual_out), residual_out = s in residual's dtype, which is
@@ -52,7 +52,8 @@ def layer_norm(
         casting, an unknown or unsupported backend. TypeError: x, weight, bias or residual is not floating point, dropout_p is
         no number, seed is neither int nor tensor.
 
-    Backends: triton on compute capability >= 8.0, N <= 262144, fewer than 2^31 rows.
+    Backends: triton on compute capability >= 8.0, N <= 262144, fewer than 2^31 rows. cuda: likewise but any N;
+        weight, bias and residual in x's dtype or fp32, weight and bias of one dtype; not chosen by "auto".
     Paper: Ba, Kiros and Hinton 2016, arXiv:1607.06450.
     """
     now = at_once(backend, x)

@@ -26,12 +26,9 @@ def _supports(backend, x, *others):
 
 
 def _cuda_supports(x, weight, bias, residual):
-    tensors = [t for t in (x, weight, bias, residual) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "it has no backward yet; call it under torch.no_grad()"
     if x.numel() >= (x.shape[-1] or 1) * 2**31:
         return f"its rows are numbered in 32 bits: fewer than 2^31 of them, got x {list(x.shape)}"
-    if any(t.dtype not in (x.dtype, torch.float32) for t in tensors):
+    if any(t is not None and t.dtype not in (x.dtype, torch.float32) for t in (weight, bias, residual)):
         return f"weight, bias and residual must have x's dtype {x.dtype} or float32"
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         return f"weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}"
@@ -40,9 +37,6 @@ def _cuda_supports(x, weight, bias, residual):
 
 def norm_op(name, torch_form, centred: bool) -> Op:
     """The Op of one norm. centred: whether the mean is taken off. torch_form takes the arguments of norm_reference."""
-    kernels: dict[str, tuple] = {"triton": (f"{name}:{name}_fwd", f"{name}:{name}_bwd")}
-    if not centred:
-        kernels["cuda"] = (f"{name}_fwd", None)
     op = Op(
         name,
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, float eps, float weight_offset, bool llama,"
@@ -52,7 +46,10 @@ def norm_op(name, torch_form, centred: bool) -> Op:
         " str backend) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
         reference=partial(norm_reference, centred=centred),
         torch=torch_form,
-        kernels=kernels,
+        kernels={
+            "triton": (f"{name}:{name}_fwd", f"{name}:{name}_bwd"),
+            "cuda": (f"{name}_fwd", f"{name}_bwd"),
+        },
         supports=_supports,
         slower=not_measured,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),

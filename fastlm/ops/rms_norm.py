@@ -53,8 +53,8 @@ def rms_norm(
         casting, an unknown or unsupported backend. TypeError: x, weight, bias or residual is not floating point, dropout_p is
         no number, seed is neither int nor tensor.
 
-    Backends: triton on compute capability >= 8.0, N <= 262144, fewer than 2^31 rows. cuda: likewise but any N; forward only
-        (nothing may require a gradient), weight, bias and residual in x's dtype or fp32; not chosen by "auto".
+    Backends: triton on compute capability >= 8.0, N <= 262144, fewer than 2^31 rows. cuda: likewise but any N;
+        weight, bias and residual in x's dtype or fp32, weight and bias of one dtype; not chosen by "auto".
     Paper: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     now = at_once(backend, x)

@@ -37,7 +37,11 @@ ORDERS = (("forward", 0, 2), ("backward", 1, 1), ("random", 2, 3))
 # Those of kernels with asynchronous work: copies at once (early) or only when nothing else can go on (late, + 4), and the same of
 # matrix products (+ 8).
 ASYNC_ORDERS = tuple(
-    (f"{name}, copies {copies}, products {products}", number + 4 * (copies == "late") + 8 * (products == "late"), resident)
+    (
+        f"{name}, copies {copies}, products {products}",
+        number + 4 * (copies == "late") + 8 * (products == "late"),
+        resident,
+    )
     for name, number, resident in ORDERS
     for copies in ("early", "late")
     for products in ("early", "late")
@@ -195,13 +199,23 @@ def _made(built: Path, command: list[str]) -> Path:
     return built
 
 
-def planted(source: str, bugs: dict[str, tuple[str, str]], folder: Path) -> dict[str, HostLibrary]:
+def planted(
+    source: str,
+    bugs: dict[str, tuple[str, str]],
+    folder: Path,
+    headers: Sequence[str] = (),
+    without: str = r"case FASTLM_B?FLOAT16: .*",
+) -> dict[str, HostLibrary]:
     """name -> the library of a kernel file with that mistake: `old`, which stands in it once, is `new`.
 
     One file in `folder` holds all, each in a namespace, so that headers are compiled once; and each for fp32 alone, as far as the
-    launcher chooses by `case FASTLM_...`.
+    launcher chooses by `case FASTLM_...`. without: what is left out for that. headers: those of csrc in which mistakes may be too, each before what it includes.
     """
-    text = re.sub(r"case FASTLM_B?FLOAT16: .*", "", (ROOT / source).read_text(encoding="utf-8"))
+    text = (ROOT / source).read_text(encoding="utf-8")
+    for name in headers:
+        here = (CSRC / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        text = here + text.replace(f'#include "{name}"\n', "")
+    text = re.sub(without, "", text)
     parts = re.findall(r"#include .*\n", text)
     for i, (old, new) in enumerate(bugs.values()):
         assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {source}"
@@ -212,7 +226,9 @@ def planted(source: str, bugs: dict[str, tuple[str, str]], folder: Path) -> dict
     return {name: library(str(path)).with_suffix(f"_{i}") for i, name in enumerate(bugs)}
 
 
-def same_in_all_orders(run: Callable[[str], tuple[Tensor, ...]], orders: Sequence[tuple] = ORDERS) -> tuple[Tensor, ...]:
+def same_in_all_orders(
+    run: Callable[[str], tuple[Tensor, ...]], orders: Sequence[tuple] = ORDERS
+) -> tuple[Tensor, ...]:
     """What run(order) returns, after checking that it is the same, bit for bit, in every order of threads and blocks; with
     orders=ASYNC_ORDERS (or COPY_ORDERS) also of asynchronous work."""
     first = None
