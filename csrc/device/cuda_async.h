@@ -45,19 +45,18 @@ DEVICE void mbarrier_expect(Mbarrier* b, int bytes, Where = {}) {
 }
 DEVICE bool mbarrier_try_wait(Mbarrier* b, int parity, Where = {}) {
   uint32_t complete = 0;
-  FASTLM_SM90(asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(complete)
-      : "r"(shared_address(b)), "r"(parity)
-      : "memory"));
+  FASTLM_SM90(
+      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                   : "=r"(complete)
+                   : "r"(shared_address(b)), "r"(parity)
+                   : "memory"));
   return complete != 0;
 }
 DEVICE void mbarrier_wait(Mbarrier* b, int parity, Where = {}) {
   FASTLM_SM90(asm volatile(
       "{\n.reg .pred p;\nwaiting:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra complete;\nbra waiting;\n"
       "complete:\n}" ::"r"(shared_address(b)),
-      "r"(parity)
-      : "memory"));
+      "r"(parity) : "memory"));
 }
 
 // Fences.
@@ -88,7 +87,8 @@ int make_tensor_map(TensorMap& map, const T* base, std::initializer_list<int64_t
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
     return error == cudaSuccess && result == cudaDriverEntryPointSuccess
                ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)
                : nullptr;
@@ -103,8 +103,9 @@ int make_tensor_map(TensorMap& map, const T* base, std::initializer_list<int64_t
   }
   const CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B,
                                          CU_TENSOR_MAP_SWIZZLE_128B};
-  return static_cast<int>(encode(&map, kTensorMapType<T>, static_cast<cuuint32_t>(rank), const_cast<std::remove_const_t<T>*>(base),
-                                 size, stride, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(swizzle)],
+  return static_cast<int>(encode(&map, kTensorMapType<T>, static_cast<cuuint32_t>(rank),
+                                 const_cast<std::remove_const_t<T>*>(base), size, stride, boxes, ones,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(swizzle)],
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 }
 
@@ -123,13 +124,13 @@ DEVICE void tensor_load(T* to, const TensorMap& map, Mbarrier* b, const int (&c)
   static_assert(N >= 1 && N <= 5, "a tensor map has 1 to 5 dimensions");
   const uint32_t tile = shared_address(to), barrier = shared_address(b);
   const uint64_t policy = cache_policy(CACHE);
-#define FASTLM_LOAD(DIMENSIONS, COORDINATES, ...)                                                                            \
-  if constexpr (N == DIMENSIONS) {                                                                                           \
-    FASTLM_SM90(asm volatile("cp.async.bulk.tensor." #DIMENSIONS                                                             \
-                             "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {" COORDINATES \
-                             "}], [%2], %3;" ::"r"(tile),                                                                    \
-                             "l"(&map), "r"(barrier), "l"(policy), __VA_ARGS__                                               \
-                             : "memory"));                                                                                   \
+#define FASTLM_LOAD(DIMENSIONS, COORDINATES, ...)                                                                         \
+  if constexpr (N == DIMENSIONS) {                                                                                        \
+    FASTLM_SM90(                                                                                                          \
+        asm volatile("cp.async.bulk.tensor." #DIMENSIONS                                                                  \
+                     "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {" COORDINATES \
+                     "}], [%2], %3;" ::"r"(tile),                                                                         \
+                     "l"(&map), "r"(barrier), "l"(policy), __VA_ARGS__ : "memory"));                                      \
   }
   FASTLM_LOAD(1, "%4", "r"(c[0]))
   FASTLM_LOAD(2, "%4, %5", "r"(c[0]), "r"(c[1]))
@@ -139,16 +140,16 @@ DEVICE void tensor_load(T* to, const TensorMap& map, Mbarrier* b, const int (&c)
 #undef FASTLM_LOAD
 }
 
-#define FASTLM_STORE(DIMENSIONS, INSTRUCTION, COORDINATES, ...)                                                             \
-  if constexpr (N == DIMENSIONS) {                                                                                          \
-    FASTLM_SM90(asm volatile(INSTRUCTION ".tile.bulk_group [%0, {" COORDINATES "}], [%1];" ::"l"(&map), "r"(tile), __VA_ARGS__ \
-                             : "memory"));                                                                                  \
+#define FASTLM_STORE(DIMENSIONS, INSTRUCTION, COORDINATES, ...)                                                    \
+  if constexpr (N == DIMENSIONS) {                                                                                 \
+    FASTLM_SM90(asm volatile(INSTRUCTION ".tile.bulk_group [%0, {" COORDINATES "}], [%1];" ::"l"(&map), "r"(tile), \
+                             __VA_ARGS__ : "memory"));                                                             \
   }
-#define FASTLM_STORES(BEGIN, END)                                                                                   \
-  FASTLM_STORE(1, BEGIN "1d" END, "%2", "r"(c[0]))                                                                  \
-  FASTLM_STORE(2, BEGIN "2d" END, "%2, %3", "r"(c[0]), "r"(c[1]))                                                   \
-  FASTLM_STORE(3, BEGIN "3d" END, "%2, %3, %4", "r"(c[0]), "r"(c[1]), "r"(c[2]))                                    \
-  FASTLM_STORE(4, BEGIN "4d" END, "%2, %3, %4, %5", "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]))                     \
+#define FASTLM_STORES(BEGIN, END)                                                               \
+  FASTLM_STORE(1, BEGIN "1d" END, "%2", "r"(c[0]))                                              \
+  FASTLM_STORE(2, BEGIN "2d" END, "%2, %3", "r"(c[0]), "r"(c[1]))                               \
+  FASTLM_STORE(3, BEGIN "3d" END, "%2, %3, %4", "r"(c[0]), "r"(c[1]), "r"(c[2]))                \
+  FASTLM_STORE(4, BEGIN "4d" END, "%2, %3, %4, %5", "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3])) \
   FASTLM_STORE(5, BEGIN "5d" END, "%2, %3, %4, %5, %6", "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]), "r"(c[4]))
 
 template <class T, int N>
@@ -171,22 +172,19 @@ DEVICE void bulk_load(T* to, const T* from, int bytes, Mbarrier* b, Where = {}) 
   FASTLM_SM90(asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(cache_policy(CACHE))
-      : "memory"));
+      "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(cache_policy(CACHE)) : "memory"));
 }
 template <class T>
 DEVICE void bulk_store(T* to, const T* from, int bytes, Where = {}) {
   FASTLM_SM90(asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
-                           "r"(bytes)
-                           : "memory"));
+                           "r"(bytes) : "memory"));
 }
 template <class T>
 DEVICE void bulk_reduce_add(T* to, const T* from, int bytes, Where = {}) {
   const uint32_t source = shared_address(from);
-#define FASTLM_REDUCE(TYPE)                                                                                                \
-  FASTLM_SM90(asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add." TYPE " [%0], [%1], %2;" ::"l"(to),    \
-                           "r"(source), "r"(bytes)                                                                         \
-                           : "memory"))
+#define FASTLM_REDUCE(TYPE)                                                                                             \
+  FASTLM_SM90(asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add." TYPE " [%0], [%1], %2;" ::"l"(to), \
+                           "r"(source), "r"(bytes) : "memory"))
   if constexpr (std::is_same_v<T, float>) {
     FASTLM_REDUCE("f32");
   } else if constexpr (std::is_same_v<T, bf16>) {

@@ -4,7 +4,7 @@
 
 using namespace device;
 
-// y = 2 x through a ring of kStages tiles: warp 0 loads, warps 1 to 4 compute and store. Tiles of 16 rows of 64, 128-byte swizzle.
+// y = 2 x through a ring of kStages tiles: warp 0 loads, 1 to 4 compute and store. Tiles of 16 rows of 64, 128-byte swizzle.
 constexpr int kStages = 2, kRows = 16, kTile = kRows * 64, kWorkers = 128;
 
 KERNEL(160) pipeline_kernel(GRID_CONSTANT(TensorMap) from, GRID_CONSTANT(TensorMap) to, int tile_rows, int tile_columns) {
@@ -61,7 +61,8 @@ DEVICE void load_at(Shared<T> tile, const TensorMap& map, Shared<Mbarrier> b, Gl
 }
 
 template <class T, int RANK>
-KERNEL(64) box_kernel(GRID_CONSTANT(TensorMap) map, Global<const int> corner, Global<T> y, int elements) {
+KERNEL(64)
+box_kernel(GRID_CONSTANT(TensorMap) map, Global<const int> corner, Global<T> y, int elements) {
   SHARED_ARRAY(Mbarrier, full, 1);
   const Shared<T> tile = dynamic_shared<T>();
   if (thread_id() == 0) {
@@ -82,7 +83,8 @@ KERNEL(64) box_kernel(GRID_CONSTANT(TensorMap) map, Global<const int> corner, Gl
 
 // y += the sum over row blocks of x, added by the memory: one block to a piece of 8 rows.
 template <class T>
-KERNEL(32) add_kernel(GRID_CONSTANT(TensorMap) from, GRID_CONSTANT(TensorMap) to) {
+KERNEL(32)
+add_kernel(GRID_CONSTANT(TensorMap) from, GRID_CONSTANT(TensorMap) to) {
   SHARED_ARRAY(Mbarrier, full, 1);
   const Shared<T> tile = dynamic_shared<T>();
   if (!elect_one()) return;
@@ -98,7 +100,8 @@ KERNEL(32) add_kernel(GRID_CONSTANT(TensorMap) from, GRID_CONSTANT(TensorMap) to
 
 // y = x, 32 elements a block by bulk copies, and total += x.
 template <class T>
-KERNEL(32) bulk_kernel(Global<const T> x, Global<T> y, Global<T> total) {
+KERNEL(32)
+bulk_kernel(Global<const T> x, Global<T> y, Global<T> total) {
   SHARED_ARRAY(Mbarrier, full, 1);
   SHARED_ARRAY(T, piece, 32);
   const int64_t first = 32 * static_cast<int64_t>(block_x());
@@ -143,8 +146,8 @@ KERNEL(64) ahead_kernel(Global<const float> x, Global<float> y, int n) {
   }
 }
 
-// Barriers in shared memory among threads: warp 1 hands numbers to warp 0 and gets them back doubled; the barrier's memory is used
-// for something else in the end.
+// Barriers in shared memory among threads: warp 1 hands numbers to warp 0 and gets them back doubled; in the end the barriers'
+// memory is used for something else.
 KERNEL(64) threads_kernel(Global<int> y, int rounds) {
   SHARED_ARRAY(Mbarrier, both, 2);
   SHARED_ARRAY(int, slot, 32);
@@ -203,8 +206,9 @@ KERNEL(32) relay_kernel(GRID_CONSTANT(TensorMap) map, Global<float> scratch, Glo
   }
 }
 
-// Warpgroups: ids, elected lanes, registers passed from one to the other two.
-KERNEL(384) groups_kernel(Global<int> y) {
+// Warpgroups: ids, elected lanes, registers passed from one to the other two. Without "1 block" ptxas does not know how many a
+// thread begins with, and ignores setmaxnreg.
+KERNEL(384, 1) groups_kernel(Global<int> y) {
   const int group = warpgroup_id();
   if (group == 0) {
     setmaxnreg_dec<24>();
@@ -242,7 +246,8 @@ int box(const T* x, const int* corner, T* y, int64_t rank, int64_t swizzle, cons
     error = make_tensor_map(map, x, {n[0], n[1], n[2], n[3]}, {s[0], s[1], s[2]}, {d[0], d[1], d[2], d[3]}, swizzled_by);
     return start(box_kernel<T, 4>);
   }
-  error = make_tensor_map(map, x, {n[0], n[1], n[2], n[3], n[4]}, {s[0], s[1], s[2], s[3]}, {d[0], d[1], d[2], d[3], d[4]}, swizzled_by);
+  error = make_tensor_map(map, x, {n[0], n[1], n[2], n[3], n[4]}, {s[0], s[1], s[2], s[3]}, {d[0], d[1], d[2], d[3], d[4]},
+                          swizzled_by);
   return start(box_kernel<T, 5>);
 }
 
@@ -263,8 +268,8 @@ int pipeline(const bf16* x, bf16* y, int64_t rows, int64_t columns, int64_t stri
   return launch(pipeline_kernel, Dim{static_cast<int>(blocks)}, 32 + kWorkers, (kStages + 1) * kTile * 2, stream, from, to,
                 static_cast<int>(ceil_div<int64_t>(rows, kRows)), static_cast<int>(ceil_div<int64_t>(columns, 64)));
 }
-int box_bf16(const bf16* x, const int* corner, bf16* y, int64_t rank, int64_t swizzle, const int64_t (&n)[5], const int64_t (&s)[4],
-             const int64_t (&b)[5], void* stream) {
+int box_bf16(const bf16* x, const int* corner, bf16* y, int64_t rank, int64_t swizzle, const int64_t (&n)[5],
+             const int64_t (&s)[4], const int64_t (&b)[5], void* stream) {
   return box(x, corner, y, rank, swizzle, n, s, b, stream);
 }
 int box_float(const float* x, const int* corner, float* y, int64_t rank, int64_t swizzle, const int64_t (&n)[5],

@@ -1,13 +1,40 @@
 """The asynchronous part of the device layer on the host body: each feature in all orders of threads and copies."""
 
 import ctypes
+import re
+import subprocess
 
 import pytest
 import torch
 
-from tests.csrc.host_library import COPY_ORDERS, Both, In, Out, library, needs_compiler, same_in_all_orders
+from tests.csrc.host_library import (
+    COPY_ORDERS,
+    CSRC,
+    ROOT,
+    Both,
+    In,
+    Out,
+    library,
+    needs_compiler,
+    needs_nvcc,
+    same_in_all_orders,
+)
 
 SOURCE = "tests/csrc/async_cases.cu"
+INSTRUCTIONS = [
+    "mbarrier.init.shared::cta.b64", "mbarrier.inval.shared::cta.b64", "mbarrier.arrive.shared::cta.b64",
+    "mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.expect_tx.relaxed.cta.shared::cta.b64",
+    "mbarrier.try_wait.parity.shared::cta.b64", "fence.mbarrier_init.release.cluster", "fence.proxy.async.shared::cta",
+    "fence.proxy.async.global", "prefetch.tensormap", "elect.sync", "setmaxnreg.inc.sync.aligned.u32 240",
+    "setmaxnreg.dec.sync.aligned.u32 24", "cp.async.bulk.commit_group", "cp.async.bulk.wait_group 0",
+    "cp.async.bulk.wait_group.read 0", "cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group 1",
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", "cp.async.bulk.global.shared::cta.bulk_group",
+    "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32",
+    "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16",
+    "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group",
+    "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group",
+    *(f"cp.async.bulk.tensor.{n}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes" for n in range(1, 6)),
+]  # fmt: skip
 pytestmark = needs_compiler
 
 
@@ -134,3 +161,25 @@ def test_warpgroups(lib):
     (y,) = outputs(lib, "groups", Out(torch.empty(384, dtype=torch.int32)))
     t = torch.arange(384)
     assert torch.equal(y.long(), 1000 * (t // 128) + t % 128)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ("80", "90a", "100"))
+def test_the_same_source_is_cuda(tmp_path, architecture):
+    """And each name is the instruction it says. Before sm_90 most of them only stop the kernel."""
+    command = ["nvcc", "-std=c++20", f"-arch=sm_{architecture}", f"-I{CSRC}", str(ROOT / SOURCE)]
+    done = subprocess.run(
+        [*command, "-cubin", "-Xptxas", "-v", "-o", tmp_path / "cases.cubin"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[:4000]
+    assert not re.search(r"[1-9]\d* bytes spill|C75\d\d|warning", done.stderr), done.stderr
+    subprocess.run([*command, "-ptx", "-o", tmp_path / "cases.ptx"], check=True)
+    code = (tmp_path / "cases.ptx").read_text(encoding="utf-8")
+    for instruction in INSTRUCTIONS:
+        known = (
+            instruction in ("cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group 1")
+            or architecture != "80"
+        )
+        if instruction.startswith("setmaxnreg"):
+            known = architecture == "90a"
+        assert (instruction in code) == known, instruction

@@ -36,14 +36,16 @@ inline MbarrierState& barrier_at(Shared<Mbarrier> b, const char* what, const Whe
 inline void complete(MbarrierState& state, int thread, const Where& at) {
   if (state.pending > 0 || state.missing > 0) return;
   if (state.missing < 0) {
-    return mistake(*state.block, thread, at, format("%lld bytes more have come than phase %u of %s announces (mbarrier_arrive_expect)",
-                                                    static_cast<long long>(-state.missing), state.phase, state.name().c_str()));
+    return mistake(*state.block, thread, at,
+                   format("%lld bytes more have come than phase %u of %s announces (mbarrier_arrive_expect)",
+                          static_cast<long long>(-state.missing), state.phase, state.name().c_str()));
   }
   if (state.in_flight > 0) {
-    return mistake(*state.block, thread, at,
-                   format("phase %u of %s is complete while a copy that counts for it, issued at %s, is in flight: fewer bytes were "
-                          "announced (mbarrier_arrive_expect) than are copied",
-                          state.phase, state.name().c_str(), place(state.copy).c_str()));
+    return mistake(
+        *state.block, thread, at,
+        format("phase %u of %s is complete while a copy that counts for it, issued at %s, is in flight: fewer bytes were "
+               "announced (mbarrier_arrive_expect) than are copied",
+               state.phase, state.name().c_str(), place(state.copy).c_str()));
   }
   ++state.phase;
   state.pending = state.count;
@@ -144,20 +146,23 @@ inline void copy_to_barrier(MbarrierState& state, int64_t bytes, const Where& at
 
 inline void check_alignment(const void* p, Region* region, int64_t alignment, const char* what, const Where& at) {
   if (region && region->shared && region != &machine.block->dynamic && alignment > 16) {
-    fail_with(at, format("%s: '%s' must be aligned to %lld bytes, and static shared memory is to 16 only: take it from dynamic_shared",
-                         what, region->name.c_str(), static_cast<long long>(alignment)));
+    fail_with(
+        at, format("%s: '%s' must be aligned to %lld bytes, and static shared memory is to 16 only: take it from dynamic_shared",
+                   what, region->name.c_str(), static_cast<long long>(alignment)));
   }
   const int64_t past = static_cast<int64_t>(reinterpret_cast<uint64_t>(p) % alignment);
   if (past) {
-    fail_with(at, format("%s: misaligned: %s is %lld bytes past a multiple of %lld", what, region ? region->name.c_str() : "an address",
-                         static_cast<long long>(past), static_cast<long long>(alignment)));
+    fail_with(
+        at, format("%s: misaligned: %s is %lld bytes past a multiple of %lld", what, region ? region->name.c_str() : "an address",
+                   static_cast<long long>(past), static_cast<long long>(alignment)));
   }
 }
 
 }  // namespace host
 
 inline void mbarrier_init(Shared<Mbarrier> b, int arrivals, Where at = Where::current()) {
-  if (arrivals < 1 || arrivals >= 1 << 20) host::fail_with(at, host::format("mbarrier_init: arrivals are 1 to 2^20 - 1, not %d", arrivals));
+  if (arrivals < 1 || arrivals >= 1 << 20)
+    host::fail_with(at, host::format("mbarrier_init: arrivals are 1 to 2^20 - 1, not %d", arrivals));
   const auto found = host::engine.barriers.find(b.address());
   if (found != host::engine.barriers.end()) {
     host::fail_with(at, host::format("mbarrier_init: %s is one already, initialised at %s", found->second.name().c_str(),
@@ -202,8 +207,9 @@ inline void mbarrier_expect(Shared<Mbarrier> b, int bytes, Where at = Where::cur
 inline void mbarrier_wait(Shared<Mbarrier> b, int parity, Where at = Where::current()) {
   host::check_parity(parity, "mbarrier_wait", at);
   host::MbarrierState& state = host::barrier_at(b, "mbarrier_wait", at);
-  host::wait_until(state, [&] { return static_cast<int>(state.phase & 1) != parity; },
-                   parity ? "mbarrier_wait for parity 1" : "mbarrier_wait for parity 0", at);
+  host::wait_until(
+      state, [&] { return static_cast<int>(state.phase & 1) != parity; },
+      parity ? "mbarrier_wait for parity 1" : "mbarrier_wait for parity 0", at);
   host::acquire_from(state);
 }
 
@@ -346,7 +352,8 @@ int make_tensor_map(TensorMap& map, const T* base, std::initializer_list<int64_t
       want(map.box[i] >= 1 && map.box[i] <= 256, host::format("box size %d must be 1 to 256, not %d", i, map.box[i]));
       if (i > 0) {
         want(map.stride[i] >= 0 && map.stride[i] % 16 == 0 && map.stride[i] < int64_t{1} << 40,
-             host::format("stride %d must be a multiple of 16 bytes below 2^40, not %lld bytes", i, static_cast<long long>(map.stride[i])));
+             host::format("stride %d must be a multiple of 16 bytes below 2^40, not %lld bytes", i,
+                          static_cast<long long>(map.stride[i])));
       }
     }
     const int row = map.box[0] * map.bytes, span = swizzle_bytes(swizzle);
@@ -361,8 +368,8 @@ int make_tensor_map(TensorMap& map, const T* base, std::initializer_list<int64_t
 
 namespace host {
 
-// The rows of a box: f(place in shared memory, address in global memory or none, bytes to skip before what lies within the tensor,
-// bytes within it). Of an empty row there are 0.
+// The rows of a box: f(place in shared memory, address in global memory or none, bytes to skip before what lies within the
+// tensor, bytes within it). Of a row outside there are 0.
 template <class F>
 inline void each_row(const TensorMap& map, const int (&first)[5], F f) {
   const int row = map.box[0] * map.bytes;
@@ -384,8 +391,8 @@ inline void each_row(const TensorMap& map, const int (&first)[5], F f) {
 
 // What all tensor copies check; the coordinates, filled up.
 template <class T, int N>
-inline void check_box(const TensorMap& map, const int (&c)[N], int (&first)[5], const void* shared, Region* region, const char* what,
-                      const Where& at) {
+inline void check_box(const TensorMap& map, const int (&c)[N], int (&first)[5], const void* shared, Region* region,
+                      const char* what, const Where& at) {
   if (map.rank != N) fail_with(at, format("%s: %d coordinates for a tensor map of %d dimensions", what, N, map.rank));
   if (map.element != element_of<T>()) fail_with(at, format("%s: the shared memory has other elements than the tensor map", what));
   std::copy(c, c + N, first);
@@ -430,15 +437,16 @@ inline void store_bulk(Global<T> to, Shared<const T> from, int bytes, bool add, 
   Groups& groups = groups_of(kBulk);
   const int slot = slot_in_flight(kBulk);
   const Mark source = mark(from.address(), from.region(), bytes, 16, Use::read, slot, groups.number, at);
-  add_to_group(groups, source, mark(to.address(), to.region(), bytes, 16, add ? Use::atomic : Use::write, slot, groups.number, at), at);
-  run_in_group(groups, at, [p = reinterpret_cast<uint8_t*>(to.address()), q = reinterpret_cast<const uint8_t*>(from.address()), bytes,
-                            add] {
-    if (add) {
-      add_elements(element_of<T>(), p, q, bytes);
-    } else {
-      std::memcpy(p, q, bytes);
-    }
-  });
+  add_to_group(groups, source,
+               mark(to.address(), to.region(), bytes, 16, add ? Use::atomic : Use::write, slot, groups.number, at), at);
+  run_in_group(groups, at,
+               [p = reinterpret_cast<uint8_t*>(to.address()), q = reinterpret_cast<const uint8_t*>(from.address()), bytes, add] {
+                 if (add) {
+                   add_elements(element_of<T>(), p, q, bytes);
+                 } else {
+                   std::memcpy(p, q, bytes);
+                 }
+               });
 }
 
 }  // namespace host
@@ -557,13 +565,14 @@ inline void set_registers(int count, bool more, const char* what, const Where& a
   }
   const int before = all.of_warp[warp];
   if (more ? count < before : count > before) {
-    fail_with(at, format("%s<%d>: the warp has %d registers a thread (at most %d at the launch of %d threads)", what, count, before,
-                         launched, machine.block_threads));
+    fail_with(at, format("%s<%d>: the warp has %d registers a thread (at most %d at the launch of %d threads)", what, count,
+                         before, launched, machine.block_threads));
   }
   wait_until(all, [&] { return all.free >= 32 * (count - before); }, what, at);
   all.free -= 32 * (count - before);
   all.of_warp[warp] = count;
   ++all.changes[warp];
+  all.last = at;
   if (!more) all.wake();
 }
 

@@ -2,11 +2,11 @@
 //
 // What an asynchronous operation is made of, here:
 //
-//   agent       who makes its accesses: a bit like a thread, with a slot and a clock of its own among the block's. An mbarrier has
-//               one for the copies that complete on it (its clock: the phase), a warpgroup one for its products (its clock: the
-//               commit group). make_agent(name) gives the slot.
-//   mark        at issue, by the issuing thread: checks bounds, that the bytes were written, that no access is unordered with this
-//               one, that a proxy fence lies behind every thread's write; and leaves the agent's slot and clock on the bytes.
+//   agent       who makes its accesses: a bit like a thread, with a slot and a clock of its own among the block's. An mbarrier
+//               has one for the copies that complete on it (its clock: the phase), a warpgroup one for its products (its clock:
+//               the commit group). make_agent(name) gives the slot.
+//   mark        at issue, by the issuing thread: checks bounds, that the bytes were written, that no access is unordered with
+//               this one, that a proxy fence lies behind every thread's write; and leaves the agent's slot and clock there.
 //               Until a thread knows that the agent's clock has passed, its own accesses to these bytes are races: reads of what
 //               is written, writes of what is read.
 //   learn       learn(slot, clock): the running thread has waited, and knows. Barriers hand the knowledge on.
@@ -54,7 +54,7 @@ inline void wait_until(Awaited& awaited, F condition, const char* what, const Wh
 // Work that keeps its order.
 struct Chain : Awaited {
   uint64_t issued = 0, done = 0;
-  bool busy = false;  // for the choice of what runs next
+  bool busy = false;                       // for the choice of what runs next
   virtual void end(const Block&) const {}  // the block has ended: tells a mistake if somebody should have waited
 };
 
@@ -96,15 +96,17 @@ struct MbarrierState : Awaited {
   int64_t offset = 0;
   Access initialised, fenced;
   int count = 0, pending = 0, slot = 0, in_flight = 0;
-  int64_t missing = 0;          // bytes announced that have not come
-  uint32_t phase = 0, base = 0;  // phases completed, and how many of the agent's clock had passed before
+  int64_t missing = 0;              // bytes announced that have not come
+  uint32_t phase = 0, base = 0;     // phases completed, and how many of the agent's clock had passed before
   uint32_t copied = 0, waited = 0;  // the last of the agent's clock that a copy counts for, and that a thread has waited for
-  Where copy;   // the last one, and whose
+  Where copy;                       // the last one, and whose
   int copier = 0;
-  uint32_t *open = nullptr, *open_proxied[2] = {};  // what those who have arrived knew
+  uint32_t *open = nullptr, *open_proxied[2] = {};                // what those who have arrived knew
   const uint32_t *released = nullptr, *released_proxied[2] = {};  // and up to the last complete phase
 
-  std::string name() const { return format("the mbarrier at byte %lld of '%s'", static_cast<long long>(offset), region->name.c_str()); }
+  std::string name() const {
+    return format("the mbarrier at byte %lld of '%s'", static_cast<long long>(offset), region->name.c_str());
+  }
   std::string text() const override {
     std::string all = format(" (%s: phase %u, %d of %d arrivals have come", name().c_str(), phase, count - pending, count);
     if (missing > 0) all += format(", %lld bytes have not", static_cast<long long>(missing));
@@ -116,7 +118,8 @@ struct MbarrierState : Awaited {
 // The registers that setmaxnreg moves between warps.
 struct Registers : Awaited {
   int free = 0;
-  std::vector<int> of_warp, changes;
+  std::vector<int> of_warp, changes;  // of each warp, and how often
+  Where last;
   std::string text() const override { return format(" (%d registers of the block are free)", free); }
 };
 
@@ -180,7 +183,8 @@ class AsyncEngine final : public Engine {
     for (auto it = barriers.begin(); it != barriers.end();) {
       if (it->second.block == &block) {
         if (it->second.copied > it->second.waited) {
-          mistake(block, it->second.copier, it->second.copy, "the block has ended and nobody has waited for this copy on " + it->second.name());
+          mistake(block, it->second.copier, it->second.copy,
+                  "the block has ended and nobody has waited for this copy on " + it->second.name());
         }
         it = barriers.erase(it);
       } else {
@@ -191,9 +195,10 @@ class AsyncEngine final : public Engine {
       groups.committed.push_back(groups.open);
       for (auto& group : groups.committed) {
         if (!group->read && !group->sources.empty()) {
-          mistake(block, thread, group->at, format("the block has ended and this thread has not waited until the copy has read shared "
-                                                   "memory (bulk_wait_read<0>)%s",
-                                                   group == groups.open ? "; no bulk_commit follows it" : ""));
+          mistake(block, thread, group->at,
+                  format("the block has ended and this thread has not waited until the copy has read shared "
+                         "memory (bulk_wait_read<0>)%s",
+                         group == groups.open ? "; no bulk_commit follows it" : ""));
         }
       }
     }
@@ -201,7 +206,7 @@ class AsyncEngine final : public Engine {
     const Registers& registers = found->second.registers;
     for (size_t warp = 0; warp < registers.changes.size(); ++warp) {
       if (registers.changes[warp] != registers.changes[warp / 4 * 4]) {
-        mistake(block, static_cast<int>(32 * warp), Where(),
+        mistake(block, static_cast<int>(32 * warp), registers.last,
                 "setmaxnreg must be executed by all four warps of a warpgroup, and was not by all of warps " +
                     std::to_string(warp / 4 * 4) + " to " + std::to_string(warp / 4 * 4 + 3));
       }
@@ -292,7 +297,8 @@ inline void wait_for_work(Chain& chain, uint64_t count, const char* what, const 
 inline int make_agent(const std::string& name, const Where& at) {
   auto& names = engine.names[machine.block->index];
   if (names.size() == kAgents) {
-    fail_with(at, format("more than %d mbarriers and warpgroups with products in a block: the host body follows no more", kAgents));
+    fail_with(at,
+              format("more than %d mbarriers and warpgroups with products in a block: the host body follows no more", kAgents));
   }
   names.push_back(name);
   return machine.block_threads + static_cast<int>(names.size()) - 1;
@@ -335,8 +341,8 @@ inline bool proxied(const Access& before, bool shared) {
 
 // An asynchronous access that the running thread issues, by whoever has the slot. `generic`: not through the asynchronous proxy.
 // What it returns says which marks it left.
-inline Mark mark(const void* p, Region* region, size_t bytes, size_t alignment, Use use, int slot, uint32_t clock, const Where& at,
-                 bool generic = false) {
+inline Mark mark(const void* p, Region* region, size_t bytes, size_t alignment, Use use, int slot, uint32_t clock,
+                 const Where& at, bool generic = false) {
   const int64_t offset = check_place(p, region, bytes, alignment, use, at);
   if (region == nullptr || region->mode == Mode::input || bytes == 0) return {nullptr, 0, 0, 0};
   uint64_t last = 0;
@@ -399,9 +405,13 @@ inline void commit_group(Groups& groups) {
 inline void wait_for_groups(Groups& groups, size_t but, bool read, const char* what, const Where& at) {
   if (groups.committed.size() <= but) return;
   const size_t count = groups.committed.size() - but;
-  wait_until(groups, [&] {
-    return std::all_of(groups.committed.begin(), groups.committed.begin() + count, [](auto& group) { return group->left == 0; });
-  }, what, at);
+  wait_until(
+      groups,
+      [&] {
+        return std::all_of(groups.committed.begin(), groups.committed.begin() + count,
+                           [](auto& group) { return group->left == 0; });
+      },
+      what, at);
   for (size_t i = 0; i < count; ++i) {
     Group& group = *groups.committed[i];
     settle(group.sources);
