@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastlm.kernels.chunked_loss import inverse
 from fastlm.ops import loss_checks as checks
+from fastlm.ops._cuda import not_measured
 from fastlm.ops._native import MEAN, cross_entropy_loss
 from fastlm.ops._op import Op, at_once, can_read, compute_dtype, grad_of
 
@@ -115,6 +116,12 @@ def _torch(input, target, weight, ignore_index, label_smoothing, z_loss, scale, 
     return loss if target.ndim == 1 else loss.view(target.shape)
 
 
+def _supports(backend, input, target, weight):
+    if backend == "cuda" and (target.numel() >= 2**31 or input.shape[-1] >= 2**31):
+        return f"its rows and classes are numbered in 32 bits: fewer than 2^31 of each, got input {list(input.shape)}"
+    return None
+
+
 OP = Op(
     "cross_entropy",
     "(Tensor input, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, float z_loss, float scale,"
@@ -123,7 +130,12 @@ OP = Op(
     " float z_loss, float scale, float? softcap, str backend) -> Tensor",
     reference=_reference,
     torch=_torch,
-    kernels={"triton": ("cross_entropy:cross_entropy_fwd", "cross_entropy:cross_entropy_bwd")},
+    kernels={
+        "triton": ("cross_entropy:cross_entropy_fwd", "cross_entropy:cross_entropy_bwd"),
+        "cuda": ("cross_entropy_fwd", "cross_entropy_bwd"),
+    },
+    supports=_supports,
+    slower=not_measured,
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
 )
 
@@ -218,7 +230,7 @@ def cross_entropy(
         token_weight: [...] float, multiplies each row's loss; differentiable. It does not change what a mean divides by.
         denominator: what the mean divides by instead of the sum of the class weights of the rows that count (without class
             weights: their number); a number or a 0-d tensor, a constant. 0 gives 0.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cuda".
 
     Returns:
         The loss in fp32 (fp64 for fp64 input): 0-d, or target's shape for "none". A mean without a row that counts is 0 with zero
@@ -231,7 +243,8 @@ def cross_entropy(
         ValueError: shapes that do not fit, a target out of range (CPU), an unknown reduction or a number out of range, an
             unknown or unsupported backend. TypeError: input or weights not floating point, target not int64.
 
-    Backends: triton (compute capability >= 8.0), torch (F.cross_entropy itself; the CPU default), reference.
+    Backends: triton (compute capability >= 8.0), cuda (likewise; fewer than 2^31 rows and classes; not chosen by "auto"), torch
+    (F.cross_entropy itself; the CPU default), reference.
     """
     ignore_index = -100 if ignore_index is None else ignore_index
     if (
