@@ -116,8 +116,8 @@ class Op:
         reference: the plain formula; called as `plain("reference", *args)`.
         torch: the native form, same arguments as the reference, or None.
         kernels: backend -> (forward launcher, backward launcher), each a callable or "module:function" below
-            fastlm.kernels that is imported on first use; for "cuda" the names of the library's functions. Launchers take
-            the schema's arguments without `backend`.
+            fastlm.kernels that is imported on first use; for "cuda" callables or names of the library's functions. Launchers
+            take the schema's arguments without `backend`.
         supports: `supports(backend, *tensors) -> reason or None`, given the arguments of `choose`.
         slower: `slower(backend, *tensors) -> reason or None`: why "auto" passes over a backend that could serve the call,
             because another one was measured to be faster there. A named backend does not ask.
@@ -254,7 +254,7 @@ class Op:
         if backend not in self.kernels:
             raise ValueError(f"{self.name}: no kernel for backend {backend!r}; there is {tuple(self.kernels)}")
         launcher = self.kernels[backend][slot]
-        if backend == "cuda":
+        if backend == "cuda" and isinstance(launcher, str):
             launcher = _cuda.function(launcher)
         elif isinstance(launcher, str):
             module, function = launcher.split(":")
