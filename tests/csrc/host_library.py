@@ -209,7 +209,8 @@ def planted(
     """name -> the library of a kernel file with that mistake: `old`, which stands in it once, is `new`.
 
     One file in `folder` holds all, each in a namespace, so that headers are compiled once; and each for fp32 alone, as far as the
-    launcher chooses by `case FASTLM_...`. without: what is left out for that. headers: those of csrc in which mistakes may be too, each before what it includes.
+    launcher chooses by `case FASTLM_...`. headers: those of csrc in which mistakes may be too, each before what it includes.
+    without: which lines are left out, that fewer kernels are compiled.
     """
     text = (ROOT / source).read_text(encoding="utf-8")
     for name in headers:

@@ -38,6 +38,12 @@ struct Instruction {
   uint32_t group = 0;
   Where at;
 
+  bool same_as(const Instruction& other) const {
+    return n == other.n && bf16 == other.bf16 && accumulate == other.accumulate && a_shared == other.a_shared &&
+           a_major == other.a_major && b_major == other.b_major && a == other.a && b == other.b && a_region == other.a_region &&
+           b_region == other.b_region && group == other.group && same_place(at, other.at);
+  }
+
   std::string text() const {
     const auto operand = [](uint64_t descriptor, Major major) {
       const MatrixLayout m = matrix_layout(descriptor);
@@ -233,8 +239,7 @@ inline void issue(float* d, const uint32_t* a, Instruction what, const Where& at
   }
   Product& product = warpgroup.products[number - warpgroup.computed];
   const Instruction& first = product.what;
-  if (what.text() != first.text() || what.accumulate != first.accumulate || what.a_region != first.a_region ||
-      what.b_region != first.b_region) {
+  if (!what.same_as(first)) {
     fail_with(at, format("wgmma: the warps of a warpgroup must issue the same products: number %llu of this thread is %s, "
                          "of another %s",
                          static_cast<unsigned long long>(number), what.text().c_str(), first.text().c_str()));
@@ -319,14 +324,17 @@ inline void wgmma_give_registers(float (&registers)[M], const Where& at) {
 
 template <class T, Major A_MAJOR, Major B_MAJOR, int M, class A, class B>
 inline void wgmma_shared(float (&d)[M], const A& a, const B& b, bool accumulate, const Where& at) {
-  host::Instruction what{2 * M, std::is_same_v<T, bf16>, accumulate, true, A_MAJOR, B_MAJOR};
+  host::Instruction what;
+  what.n = 2 * M, what.bf16 = std::is_same_v<T, bf16>, what.accumulate = accumulate;
+  what.a_shared = true, what.a_major = A_MAJOR, what.b_major = B_MAJOR;
   what.a = a.descriptor(), what.a_region = a.tile().region();
   what.b = b.descriptor(), what.b_region = b.tile().region();
   host::issue(d, nullptr, what, at);
 }
 template <class T, Major B_MAJOR, int M, class B>
 inline void wgmma_registers(float (&d)[M], const uint32_t* a, const B& b, bool accumulate, const Where& at) {
-  host::Instruction what{2 * M, std::is_same_v<T, bf16>, accumulate, false, Major::k, B_MAJOR};
+  host::Instruction what;
+  what.n = 2 * M, what.bf16 = std::is_same_v<T, bf16>, what.accumulate = accumulate, what.b_major = B_MAJOR;
   what.b = b.descriptor(), what.b_region = b.tile().region();
   host::issue(d, a, what, at);
 }
