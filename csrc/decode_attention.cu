@@ -309,6 +309,7 @@ template <class T, int WIDTH, int GROUPS>
 KERNEL(kThreads, blocks_per_sm(WIDTH, GROUPS))
 decode_attention_kernel(const Args a) {
   constexpr int KEY_CHUNKS = WIDTH / 32, VALUE_CHUNKS = WIDTH / 64;
+  constexpr int HELD = minimum(VALUE_CHUNKS, 2), PARTS = VALUE_CHUNKS / HELD;  // more chunks of values would not fit in registers
   const Share share(a, 8 * GROUPS, kTile);
   if (!share.is_live()) return;
   const Pages pages(a, kTile);
@@ -323,7 +324,7 @@ decode_attention_kernel(const Args a) {
 
   const Global<const T> k_base = Global<const T>(static_cast<const T*>(a.k)) + share.h_kv * a.k_strides[2] + 8 * t;
   const Global<const T> v_base = Global<const T>(static_cast<const T*>(a.v)) + share.h_kv * a.v_strides[2] + 8 * g;
-  Word k[2][KEY_CHUNKS], v[4][VALUE_CHUNKS];  // keys g and g + 8; 2t, 2t + 1, 2t + 8, 2t + 9
+  Word k[2][KEY_CHUNKS], v[4][HELD];  // keys g and g + 8; 2t, 2t + 1, 2t + 8, 2t + 9
   const auto wanted = [&](int key) { return key >= share.lo && key < share.end; };
   const auto load_keys = [&](const Pages::Place& place, int tile) {
 #pragma unroll
@@ -336,14 +337,15 @@ decode_attention_kernel(const Args a) {
       }
     }
   };
-  const auto load_values = [&](const Pages::Place& place, int tile) {
+  const auto load_values = [&](const Pages::Place& place, int tile, int part) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int i = 2 * t + j % 2 + j / 2 * 8;
       const Global<const T> from = v_base + pages.offset(place, i, a.v_strides);
 #pragma unroll
-      for (int c = 0; c < VALUE_CHUNKS; ++c) {
-        v[j][c] = read_word<T>(from + 64 * c, wanted(tile + i) && 64 * c + 8 * g < a.value_width);
+      for (int c = 0; c < HELD; ++c) {
+        const int column = 64 * (part * HELD + c);
+        v[j][c] = read_word<T>(from + column, wanted(tile + i) && column + 8 * g < a.value_width);
       }
     }
   };
@@ -355,7 +357,7 @@ decode_attention_kernel(const Args a) {
   Pages::Place place = pages.look_up(a, share, tile, kTile);
   Pages::Place next = pages.look_up(a, share, tile + STEP, kTile);
   load_keys(place, tile);
-  load_values(place, tile);
+  load_values(place, tile, 0);
   const Found found(a, 8 * GROUPS);
   // In the order in which lanes read it: eight widths 32c + 8t of row 8n + g at word (c * GROUPS + n) * 32 + 4g + t.
   const Shared<uint32_t> q = dynamic_shared<uint32_t>(Found::bytes(a, 8 * GROUPS));
@@ -387,6 +389,7 @@ decode_attention_kernel(const Args a) {
         }
       }
     }
+    const Pages::Place here = place;
     place = next;
     load_keys(place, tile + STEP);
     next = pages.look_up(a, share, tile + 2 * STEP, kTile);
@@ -424,14 +427,15 @@ decode_attention_kernel(const Args a) {
     }
 #pragma unroll
     for (int m = 0; m < WIDTH / 16; ++m) {
-      const int c = m / 4, i = m % 4;
+      const int part = m / (4 * HELD), c = m / 4 % HELD, i = m % 4;
+      if (part > 0 && m % (4 * HELD) == 0) load_values(here, tile, part);
       const uint32_t a0 = v[0][c][i], a1 = v[1][c][i], a2 = v[2][c][i], a3 = v[3][c][i];
       const uint32_t fragment[4] = {byte_permute(a0, a1, kLowHalves), byte_permute(a0, a1, kHighHalves),
                                     byte_permute(a2, a3, kLowHalves), byte_permute(a2, a3, kHighHalves)};
 #pragma unroll
       for (int n = 0; n < GROUPS; ++n) mma<T>(o[n][m], fragment, p[n]);
     }
-    load_values(place, tile + STEP);
+    load_values(place, tile + STEP, 0);
   }
 
 #pragma unroll
