@@ -120,6 +120,14 @@ def test_a_small_mistake(lib, name, order):
     check(str(caught.value), name, SMALL[name])
 
 
+@pytest.mark.parametrize("order", NAMES)
+def test_no_proxy_fence_between_blocks(lib, order):
+    with pytest.raises(HostError) as caught:
+        lib.run("relay", Both(torch.zeros(128)), Both(torch.zeros(1, dtype=torch.int32)), order=order)
+    pattern = r"asynchronous read of bytes 0 to 511 of buffer .*, which block \d, thread \d+ wrote at .*; no fence_async_global"
+    check(re.sub(r"block \(\d,", "block (0,", str(caught.value)), "relay", pattern)
+
+
 def test_every_mistake_is_in_the_list():
     assert set(numbers()) == {"None", *RING}
 

@@ -25,6 +25,9 @@ inline MbarrierState& barrier_at(Shared<Mbarrier> b, const char* what, const Whe
                          bytes_of(*b.region(), reinterpret_cast<uint8_t*>(b.address()) - b.region()->begin, 8).c_str()));
   }
   MbarrierState& state = found->second;
+  if (state.block != machine.block) {
+    fail_with(at, format("%s: %s belongs to another block: arrivals and copies there are not modelled", what, state.name().c_str()));
+  }
   if (!ordered(state.initialised, true)) {
     fail_with(at, format("race: %s of %s, which thread %d initialised at %s; no barrier lies between", what, state.name().c_str(),
                          state.initialised.thread(), place(state.initialised.at).c_str()));

@@ -351,9 +351,11 @@ inline Mark mark(const void* p, Region* region, size_t bytes, size_t alignment, 
     if (writer.key == last) continue;
     last = writer.key;
     if (last && writer.thread() < machine.block_threads && ordered(writer, region->shared) && !proxied(writer, region->shared)) {
-      fail_with(at, format("asynchronous %s of %s, which thread %d wrote at %s; no %s lies between", verb(use),
-                           bytes_of(*region, offset, bytes).c_str(), writer.thread(), place(writer.at).c_str(),
-                           region->shared ? "fence_async_shared" : "fence_async_global"));
+      const bool same = writer.block() == machine.block->index;
+      fail_with(at, format("asynchronous %s of %s, which %sthread %d wrote at %s; no %s lies between", verb(use),
+                           bytes_of(*region, offset, bytes).c_str(),
+                           same ? "" : format("block %lld, ", static_cast<long long>(writer.block())).c_str(), writer.thread(),
+                           place(writer.at).c_str(), region->shared ? "fence_async_shared" : "fence_async_global"));
     }
   }
   const Access now = make_access(machine.block->index, slot, clock, use == Use::atomic, at);
