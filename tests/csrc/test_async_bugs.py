@@ -124,7 +124,9 @@ def test_a_small_mistake(lib, name, order):
 def test_no_proxy_fence_between_blocks(lib, order):
     with pytest.raises(HostError) as caught:
         lib.run("relay", Both(torch.zeros(128)), Both(torch.zeros(1, dtype=torch.int32)), order=order)
-    pattern = r"asynchronous read of bytes 0 to 511 of buffer .*, which (block \d, )?thread \d+ wrote at .*; no fence_async_global"
+    pattern = (
+        r"asynchronous read of bytes 0 to 511 of buffer .*, which (block \d, )?thread \d+ wrote at .*; no fence_async"
+    )
     check(re.sub(r"block \(\d,", "block (0,", str(caught.value)), "relay", pattern)
 
 
