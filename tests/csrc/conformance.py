@@ -17,6 +17,7 @@ import ctypes
 import dataclasses
 import hashlib
 import math
+import re
 import subprocess
 import sys
 import time
@@ -265,6 +266,15 @@ def flag_arguments(g: torch.Generator, pairs: int = 4, rounds: int = 8) -> list:
     return [In(x), Out(torch.zeros_like(x)), Both(box.int()), Both(flags.int()), pairs, rounds]
 
 
+def product_arguments(g: torch.Generator, dtype: torch.dtype, n: int) -> list:
+    """Whole numbers small enough that fp32 holds every sum: in which order the hardware adds makes no difference."""
+    a, b = (_ints(g, rows, 128, low=-16, high=17).to(dtype) for rows in (64, n))
+    return [In(a), In(b), Both(_ints(g, 64, n, low=-999, high=999).float()), int(_ints(g, 1, low=0, high=2))]
+
+
+_PRODUCTS = re.findall(r"^CASE\((\w+), (\w+), (\d+)", (HERE / "wgmma_cases.cu").read_text(), re.MULTILINE)
+
+
 def _with(make: Callable, *values, **named) -> Callable[[torch.Generator], list]:
     return lambda g: make(g, *values, **named)
 
@@ -307,6 +317,11 @@ CASES = [
     Case("is_last_block", "tickets", ticket_arguments),
     Case("device_fence, grid of blocks that wait", "grid_barriers", grid_barrier_arguments),
     Case("load_acquire, store_release, spin_pause", "flags", flag_arguments),
+    *(
+        Case(f"wgmma {launcher}", launcher, _with(product_arguments, getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[t]),
+                                                  int(n)), source="wgmma_cases.cu", majors=(9,))
+        for launcher, t, n in _PRODUCTS
+    ),
 ]  # fmt: skip
 
 

@@ -154,6 +154,7 @@ ORACLES = {
     "tickets": tickets,
     "grid_barriers": grid_barriers,
     "flags": flags,
+    **dict.fromkeys(("bf16_", "fp16_"), lambda a, b, d, accumulate: [a.float() @ b.float().T + accumulate * d]),
 }  # fmt: skip
 
 
