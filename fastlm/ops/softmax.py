@@ -124,8 +124,6 @@ def _supports(backend, x, mask):
     if backend in ("triton", "cuda"):
         if x.shape[-1] > _WIDEST and backend == "triton":
             return f"its rows are at most {_WIDEST} wide, got {x.shape[-1]}"
-        if mask is not None and backend == "cuda":
-            return "it takes no mask"
         if x.numel() >= (x.shape[-1] or 1) * 2**31:
             return f"its rows are numbered in 32 bits: fewer than 2^31 of them, got x {list(x.shape)}"
     return None
@@ -236,8 +234,8 @@ def softmax(
         ValueError: dim outside x, a mask that does not broadcast to x, lies elsewhere or requires a gradient, an unknown or
         unsupported backend. TypeError: x is not floating point, mask is neither boolean nor floating point.
 
-    Backends: triton on compute capability >= 8.0, fewer than 2^31 rows of at most 262144; cuda likewise, rows of any width,
-    no mask, not chosen by "auto". Paper: Milakov and Gimelshein 2018, arXiv:1805.02867.
+    Backends: triton on compute capability >= 8.0, fewer than 2^31 rows of at most 262144; cuda likewise, rows of any width, not
+    chosen by "auto". Paper: Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
     now = at_once(backend, x)
     plain = now and mask is None and dim == -1 and x.dtype is torch.float32 and x.ndim
