@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastlm import ops
+from fastlm.ops import _cuda
 from fastlm.ops.cross_entropy import OP, _backward_reference, _reference
 from fastlm.testing import assert_accurate, check_accuracy, check_guards, check_op
 from tests.csrc.host_library import DTYPES, HostError, In, Out, library, needs_compiler, planted, same_in_all_orders
@@ -293,6 +294,25 @@ def test_wrong_calls_are_refused_before_memory_is_touched():
             call(*args)
     with pytest.raises(RuntimeError, match="dloss must be"):
         torch.ops.fastlm_host.cross_entropy_bwd(torch.ones(2), x, target, None, torch.ones(2, 1), *rest)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", of_op.CASES)
+def test_on_a_gpu(name):
+    if reason := _cuda.unavailable():
+        pytest.skip(reason)
+    case = of_op.CASES[name]
+    check_op(case, "cuda", "cuda")
+    for dtype in (FP32, BF16, FP16):
+        for shape in (
+            (7, 37),
+            (5, 1301),
+            (600, 9001),
+            (3, 50257),
+            (2, 128256),
+        ):  # by warps, blocks, rounds of a block, clusters
+            check_accuracy(case, "cuda", dtype, "cuda", case.make(dtype, "cuda", shape))
 
 
 @through_op

@@ -79,11 +79,14 @@ inline Region* buffer_at(const void* p) {
 inline void check_remote(const Region& region, int64_t offset, size_t bytes, Use use, const Where& at) {
   const Block& mine = *machine.block;
   const Block* const owner = in_cluster(region.owner);
-  const std::string what = format("%s of %s", verb(use), bytes_of(region, offset, bytes).c_str());
-  if (owner == nullptr) fail_with(at, what + ": a block that is not in this one's cluster");
-  if (machine.thread->phase == 0) fail_with(at, what + " before the first cluster barrier: that block may not have begun");
-  if (owner->live == 0) fail_with(at, what + ": that block has returned");
-  mine.cluster->remote[owner->rank][{mine.rank, machine.thread->id}] = {machine.thread->clock, at, what};
+  const char* const wrong = owner == nullptr              ? ": a block that is not in this one's cluster"
+                            : machine.thread->phase == 0 ? " before the first cluster barrier: that block may not have begun"
+                            : owner->live == 0           ? ": that block has returned"
+                                                         : nullptr;
+  if (wrong) fail_with(at, format("%s of %s%s", verb(use), bytes_of(region, offset, bytes).c_str(), wrong));
+  std::vector<Cluster::Remote>& all = mine.cluster->remote[owner->rank];
+  all.resize(machine.cluster_blocks * machine.block_threads);
+  all[mine.rank * machine.block_threads + machine.thread->id] = {machine.thread->clock, at, &region, offset, bytes, verb(use)};
 }
 
 // Stops at what is wrong with an access whoever makes it. The place in the region, which must be one.

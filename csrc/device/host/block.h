@@ -100,16 +100,19 @@ struct Cluster {
     uint32_t clock;
   };
   struct Remote {  // a thread's last access to the shared memory of another block
-    uint32_t clock;
+    uint32_t clock = 0;
     Where at;
-    std::string what;
+    const Region* region = nullptr;
+    int64_t offset = 0;
+    size_t bytes = 0;
+    const char* verb = "";
   };
   std::vector<std::unique_ptr<Block>> blocks;
   size_t live = 0;
   std::vector<std::vector<Arrived>> arrived;         // of each block, at the next barrier
   std::vector<Barrier> places;                       // and where
   std::vector<std::vector<const uint32_t*>> phases;  // of each barrier that is over and each block: the clocks of its slots
-  std::vector<std::map<std::pair<int, int>, Remote>> remote;  // to each block's memory, by (rank, thread)
+  std::vector<std::vector<Remote>> remote;           // to each block's memory, of every thread; empty if there is none
 };
 
 // Asynchronous work (engine.h); only files that include async.h have it.

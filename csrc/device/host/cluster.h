@@ -93,12 +93,15 @@ inline std::string arrivals_of(const Cluster& cluster) {
 inline void check_returned(Block& block) {
   size_t phase = 0;
   for (auto& thread : block.threads) phase = std::max(phase, thread->phase);
-  for (auto& [who, access] : block.cluster->remote[block.rank]) {
-    const auto [rank, thread] = who;
-    if (phase > 0 && block.cluster->phases[phase - 1][rank][thread] >= access.clock) continue;
-    machine.report = place(access.at) + ": " + device::host::who(*block.cluster->blocks[rank]) +
-                     format(", thread %d: %s, which has returned meanwhile: no cluster barrier lies between", thread,
-                            access.what.c_str());
+  const std::vector<Cluster::Remote>& all = block.cluster->remote[block.rank];
+  for (size_t i = 0; i < all.size(); ++i) {
+    const Cluster::Remote& access = all[i];
+    const int rank = static_cast<int>(i) / machine.block_threads, thread = static_cast<int>(i) % machine.block_threads;
+    if (!access.region || (phase > 0 && block.cluster->phases[phase - 1][rank][thread] >= access.clock)) continue;
+    machine.block = block.cluster->blocks[rank].get();  // whose report it is
+    machine.report = place(access.at) + ": " + who(*machine.block) +
+                     format(", thread %d: %s of %s, which has returned meanwhile: no cluster barrier lies between", thread,
+                            access.verb, bytes_of(*access.region, access.offset, access.bytes).c_str());
     machine.failed = true;
     return;
   }
