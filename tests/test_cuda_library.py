@@ -320,7 +320,7 @@ def test_what_the_kernels_do_not_take_is_a_reason(monkeypatch):
     ):
         with pytest.raises(ValueError, match=words):
             ops.rms_norm(**options, backend="cuda")
-    with pytest.raises(ValueError, match="softmax: backend 'cuda' cannot serve this call: its rows are numbered in 32 bits"):
+    with pytest.raises(ValueError, match="softmax: backend 'cuda' cannot serve .* its rows are numbered in 32 bits"):
         ops.softmax(torch.ones(2**31, 1, device="meta"), backend="cuda")
     for op in (ops.rms_norm, ops.softmax):
         assert ops.explain(op, x, backend="cuda").backend == "cuda"
