@@ -275,6 +275,29 @@ def product_arguments(g: torch.Generator, dtype: torch.dtype, n: int) -> list:
 _PRODUCTS = re.findall(r"^CASE\((\w+), (\w+), (\d+)", (HERE / "wgmma_cases.cu").read_text(), re.MULTILINE)
 
 
+def cluster_arguments(g: torch.Generator, threads: int = 64) -> list:
+    """Whole numbers, whose sums fp32 holds: in which order they are added is the compiler's as well."""
+    cluster = 2 ** int(_ints(g, 1, low=0, high=5))
+    x = _ints(g, 3 * cluster, threads, low=-100, high=100).float()
+    return [In(x), Out(torch.zeros_like(x)), 3 * cluster, cluster]
+
+
+def cluster_sum_arguments(g: torch.Generator) -> list:
+    threads = 32 * int(_ints(g, 1, low=1, high=9))
+    x, out, blocks, cluster = cluster_arguments(g, threads)
+    return [x, Out(torch.zeros(blocks, 4, threads)), blocks, cluster, threads]
+
+
+def cluster_count_arguments(g: torch.Generator) -> list:
+    blocks, cluster = cluster_arguments(g)[2:]
+    x = _ints(g, blocks, 64, low=0, high=8)
+    return [In(x), Out(torch.zeros(blocks, 8, dtype=torch.int32)), blocks, cluster]
+
+
+def rank_arguments(g: torch.Generator) -> list:
+    return [Out(torch.zeros(3, 8, 64, 3, dtype=torch.int32)), 2 ** int(_ints(g, 1, low=0, high=4))]
+
+
 def _with(make: Callable, *values, **named) -> Callable[[torch.Generator], list]:
     return lambda g: make(g, *values, **named)
 
@@ -317,6 +340,16 @@ CASES = [
     Case("is_last_block", "tickets", ticket_arguments),
     Case("device_fence, grid of blocks that wait", "grid_barriers", grid_barrier_arguments),
     Case("load_acquire, store_release, spin_pause", "flags", flag_arguments),
+    *(
+        Case(name, launcher, make, source="cluster_cases.cu", majors=(9, 10))
+        for name, launcher, make in (
+            ("cluster_rank, _blocks", "ranks", rank_arguments),
+            ("cluster_barrier, _pointer", "ring", cluster_arguments),
+            ("cluster_arrive, _wait", "halves", cluster_arguments),
+            ("cluster_sum, _max, _arrive_relaxed", "sums", cluster_sum_arguments),
+            ("cluster_pointer, atomic_add", "counts", cluster_count_arguments),
+        )
+    ),
     *(
         Case(f"wgmma {launcher}", launcher, _with(product_arguments, getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[t]),
                                                   int(n)), source="wgmma_cases.cu", majors=(9,))

@@ -131,6 +131,34 @@ def flags(x, out, box, state, pairs, rounds):
     return [x.flip(2), x[:, -1], torch.full_like(state, rounds)]
 
 
+def ranks(out, cluster):
+    block = torch.arange(8).int()[:, None].expand(3, 8, 64)
+    return [torch.stack([block % cluster, torch.full_like(block, cluster), block], -1)]
+
+
+def ring(x, out, blocks, cluster):
+    rows = x.view(-1, cluster, 64)
+    for _ in range(3):
+        rows = rows.roll(-1, 1).flip(2)
+    return [rows.reshape(blocks, 64)]
+
+
+def halves(x, out, blocks, cluster):
+    return [x.sum(1, keepdim=True) + x.view(-1, cluster, 64).flip(1).reshape(blocks, 64)]
+
+
+def cluster_sums(x, out, blocks, cluster, threads):
+    rows = x.view(-1, cluster * threads)
+    lanes = torch.full((len(rows),), cluster * threads * (threads - 1) / 2)
+    sums = torch.stack([rows.sum(1), rows.amax(1), rows.square().sum(1), lanes], 1)
+    return [sums[:, None, :, None].expand(-1, cluster, 4, threads).reshape(blocks, 4, threads)]
+
+
+def counts(x, out, blocks, cluster):
+    found = torch.stack([torch.bincount(row, minlength=8) for row in x.view(-1, cluster * 64).long()])
+    return [found.repeat_interleave(cluster, 0).int()]
+
+
 ORACLES = {
     "shuffles": shuffles,
     "votes": votes,
@@ -154,6 +182,11 @@ ORACLES = {
     "tickets": tickets,
     "grid_barriers": grid_barriers,
     "flags": flags,
+    "ranks": ranks,
+    "ring": ring,
+    "halves": halves,
+    "sums": cluster_sums,
+    "counts": counts,
     **dict.fromkeys(("bf16_", "fp16_"), lambda a, b, d, accumulate: [a.float() @ b.float().T + accumulate * d]),
 }  # fmt: skip
 
