@@ -122,14 +122,15 @@ bulk_kernel(Global<const T> x, Global<T> y, Global<T> total) {
   }
 }
 
-// y = x reversed within pieces of 256, read two pieces ahead by cp.async; zeros from n on.
+// y = x reversed within pieces of 256, read two pieces ahead by cp.async, N at a time; zeros from n on.
+template <int N>
 KERNEL(64) ahead_kernel(Global<const float> x, Global<float> y, int n) {
   SHARED_ARRAY(float, ring, 3 * 256);
   const int pieces = ceil_div(n, 256);
   const auto fetch = [&](int piece) {
-    const int at = 256 * piece + 4 * thread_id();
-    if (piece < pieces) {
-      copy_async<4>(ring + piece % 3 * 256 + 4 * thread_id(), x + at, minimum(maximum(n - at, 0), 4));
+    for (int i = N * thread_id(); i < 256 && piece < pieces; i += N * block_threads()) {
+      const int at = 256 * piece + i;
+      copy_async<N>(ring + piece % 3 * 256 + i, x + at, minimum(maximum(n - at, 0), N));
     }
     copy_async_commit();
   };
@@ -288,11 +289,15 @@ int add_int(const int* x, int* y, int64_t rows, int64_t columns, int64_t stride,
 int bulk_float(const float* x, float* y, float* total, int64_t pieces, void* stream) {
   return launch(bulk_kernel<float>, Dim{static_cast<int>(pieces)}, 32, 0, stream, x, y, total);
 }
+int bulk_fp16(const fp16* x, fp16* y, fp16* total, int64_t pieces, void* stream) {
+  return launch(bulk_kernel<fp16>, Dim{static_cast<int>(pieces)}, 32, 0, stream, x, y, total);
+}
 int bulk_bf16(const bf16* x, bf16* y, bf16* total, int64_t pieces, void* stream) {
   return launch(bulk_kernel<bf16>, Dim{static_cast<int>(pieces)}, 32, 0, stream, x, y, total);
 }
-int ahead(const float* x, float* y, int64_t n, void* stream) {
-  return launch(ahead_kernel, Dim{}, 64, 0, stream, x, y, static_cast<int>(n));
+int ahead(const float* x, float* y, int64_t n, int64_t wide, void* stream) {
+  const auto kernel = wide == 4 ? ahead_kernel<4> : wide == 2 ? ahead_kernel<2> : ahead_kernel<1>;
+  return launch(kernel, Dim{}, 64, 0, stream, x, y, static_cast<int>(n));
 }
 int threads(int* y, int64_t rounds, void* stream) {
   return launch(threads_kernel, Dim{}, 64, 0, stream, y, static_cast<int>(rounds));

@@ -31,11 +31,12 @@ INSTRUCTIONS = [
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", "cp.async.bulk.global.shared::cta.bulk_group",
     "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32",
     "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16",
+    "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.f16", "cp.async.ca.shared.global",
     "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group",
     "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group",
     *(f"cp.async.bulk.tensor.{n}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes" for n in range(1, 6)),
 ]  # fmt: skip
-SM_80 = ("cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group 1")
+SM_80 = ("cp.async.cg.shared.global", "cp.async.ca.shared.global", "cp.async.commit_group", "cp.async.wait_group 1")
 pytestmark = needs_compiler
 
 
@@ -128,7 +129,7 @@ def test_the_memory_adds(lib, name, dtype):
     assert torch.equal(found.double(), want)
 
 
-@pytest.mark.parametrize("name, dtype", (("float", torch.float32), ("bf16", torch.bfloat16)))
+@pytest.mark.parametrize("name, dtype", (("float", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)))
 def test_bulk_copies(lib, name, dtype):
     x = torch.randint(-9, 9, (5, 32)).to(dtype)
     y, total = outputs(lib, f"bulk_{name}", In(x), Out(torch.empty_like(x)), Both(torch.ones(32, dtype=dtype)), 5)
@@ -136,11 +137,12 @@ def test_bulk_copies(lib, name, dtype):
     assert torch.equal(total, 1 + x.sum(0))
 
 
+@pytest.mark.parametrize("wide", (1, 2, 4))
 @pytest.mark.parametrize("n", (0, 1, 255, 256, 1030))
-def test_copies_ahead(lib, n):
+def test_copies_ahead(lib, n, wide):
     x = torch.randn(max(n, 1))
     pieces = -(-n // 256)
-    (y,) = outputs(lib, "ahead", In(x), Out(torch.empty(pieces * 256)), n)
+    (y,) = outputs(lib, "ahead", In(x), Out(torch.empty(pieces * 256)), n, wide)
     padded = torch.zeros(pieces * 256)
     padded[:n] = x[:n]
     assert torch.equal(y, padded.view(-1, 256).flip(1).flatten())
