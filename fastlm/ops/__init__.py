@@ -24,6 +24,7 @@ from fastlm.ops.newton_schulz import newton_schulz
 from fastlm.ops.quantized_linear import quantized_linear
 from fastlm.ops.rms_norm import rms_norm
 from fastlm.ops.rotary import rotary
+from fastlm.ops.sample import sample
 from fastlm.ops.sgd import sgd_
 from fastlm.ops.softmax import softmax
 
@@ -57,6 +58,7 @@ __all__ = [
     "received_attention",
     "rms_norm",
     "rotary",
+    "sample",
     "sgd_",
     "softmax",
     "use_backend",

@@ -1,0 +1,322 @@
+// One token a row from filtered logits, in one launch (fastlm/ops/sample.py has the contract).
+//
+// A block owns a row. Every filter keeps what is at or above a threshold, so nothing is sorted: a threshold is searched for two
+// bits at a time on the ordered bits of floats, by counting (top-k) or weighing (top-p) what lies above. That sorting is not needed
+// is FlashInfer's observation (Ye et al. 2025, arXiv:2501.01005), whose kernels search among probabilities. Here the search runs on
+// a thousand or two candidates in shared memory: those at least as large as the k-th largest of the threads' own maxima, of which
+// there are k for certain and seldom many more. Where they are too many, or hold too little of the mass, it runs on the row itself.
+//
+// Masses are integers, exp(s) * 2^40 rounded down: their sum is the same in every order, so that candidates may be collected in any.
+// The draw is the largest of s + Gumbel noise (Gumbel-max): no running sum, and rounding moves it only between near ties.
+
+#include "device/device.h"
+#include "sample.h"
+
+namespace {
+
+using namespace device;
+
+constexpr int kMostThreads = 512, kMostWarps = kMostThreads / 32;
+constexpr int kHeld = 2048;       // candidates that shared memory holds
+constexpr int kAhead = 4;         // vectors that a thread has in flight
+constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLargest = 3.4028235e38f;
+constexpr float kMostNoise = 23.0f;  // the smallest exponential variate is 2^-33
+constexpr uint32_t kNan = 0xffffffffu, kMinusInfinity = 0x007fffffu;  // keys
+constexpr uint32_t kStream = 0x73616d70u;  // third word of the counter: other numbers than dropout's
+
+// Ordered as the numbers are, NaN above all, one key for both zeros.
+DEVICE uint32_t key_of(float x) {
+  if (x != x) return kNan;
+  const uint32_t bits = float_bits(x + 0.0f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+DEVICE float value_of(uint32_t key) { return bits_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
+
+// A key and an index in one number: of equal keys the first index is the largest.
+DEVICE uint64_t pack(uint32_t key, int index) { return static_cast<uint64_t>(key) << 32 | ~static_cast<uint32_t>(index); }
+DEVICE int index_of(uint64_t packed) { return static_cast<int>(~static_cast<uint32_t>(packed)); }
+
+template <class T>
+struct Row {
+  Global<const T> x;
+  int columns;
+  bool aligned;  // at 16 bytes
+};
+
+template <class T>
+constexpr int kLowestBit = sizeof(T) == 4 ? 0 : std::is_same_v<T, bf16> ? 16 : 12;  // of a key that says something; even
+
+// f(first, values) for each of this thread's groups of kVector<T> neighbours; past the end they are -inf.
+template <class T, class F>
+DEVICE void over_row(const Row<T>& row, F f, Where at = Where::current()) {
+  constexpr int VEC = kVector<T>;
+  const int step = block_threads() * VEC;
+  for (int first = thread_id() * VEC; first < row.columns; first += kAhead * step) {
+    Vector<T, VEC> read[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int begin = first + k * step;
+      if (row.aligned && begin + VEC <= row.columns) {
+        read[k] = load_vector<VEC>(row.x + begin, at);
+      } else {
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+          read[k][i] = from_float<T>(-INFINITY);
+          if (begin + i < row.columns) read[k][i] = load_vector<1>(row.x + begin + i, at)[0];
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      float values[VEC];
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) values[i] = to_float(read[k][i]);
+      if (first + k * step < row.columns) f(first + k * step, values);
+    }
+  }
+}
+
+// Three sums over the block, in every thread.
+DEVICE void block_sums(uint64_t (&sums)[3], Where at = Where::current()) {
+  SHARED_ARRAY(uint64_t, partial, 3 * kMostWarps);
+  block_barrier(at);  // a call before this one may still be read from
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+    sums[c] = warp_sum(sums[c], at);
+    if (lane_id() == 0) partial[c * kMostWarps + warp_id()] = sums[c];
+  }
+  block_barrier(at);
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+    sums[c] = 0;
+    if (lane_id() % kMostWarps < block_warps()) sums[c] = partial[c * kMostWarps + lane_id() % kMostWarps];
+    sums[c] = warp_sum<kMostWarps>(sums[c], at);
+  }
+}
+
+// The largest key at and above which `target` lies, as far as bits from `lowest` on tell: it is in [low, high], or all together do
+// not reach the target; then one not above `low`. each(f) calls f(key, amount) for every key of this thread.
+template <class Each>
+DEVICE uint32_t search(uint32_t low, uint32_t high, int lowest, uint64_t target, Each each, Where at = Where::current()) {
+  int bit = 32;
+  while (bit > lowest && (low ^ high) >> (bit - 2) == 0) bit -= 2;
+  uint32_t found = bit == 32 ? 0 : high >> bit << bit;
+  while (bit > lowest) {
+    bit -= 2;
+    uint64_t above[3] = {0, 0, 0};
+    each([&](uint32_t key, uint64_t amount) {
+      const uint32_t digit = key < found ? 0 : (key - found) >> bit;
+#pragma unroll
+      for (uint32_t c = 0; c < 3; ++c) above[c] += digit > c ? amount : 0;
+    });
+    block_sums(above, at);
+    found += static_cast<uint32_t>((above[0] >= target) + (above[1] >= target) + (above[2] >= target)) << bit;
+  }
+  return found;
+}
+
+template <class V>
+DEVICE V setting(const V* each, V all, Where at = Where::current()) {
+  if (each == nullptr) return all;
+  return load_vector<1>(Global<const V>(each) + block_x(), at)[0];
+}
+
+// (x - top) / temperature; 0 at the top, be it infinite.
+DEVICE float tempered(float x, float top, float inverse) { return x == top ? 0.0f : (x - top) * inverse; }
+
+// Of softmax(s): 2^40 at the top.
+DEVICE uint64_t mass_of(float s) { return static_cast<uint64_t>(fast_exp2(s * kLog2e) * 0x1p40f); }
+
+// u in (0, 1) of a random word. Its -log(1 - u) is an exponential variate; the small ones, which win, are those told apart best.
+DEVICE float uniform(uint32_t word) { return minimum((static_cast<float>(word) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f); }
+DEVICE float gumbel(float u) { return -logf(-log1pf(-u)); }
+
+// What a row's draw needs to know.
+struct Rule {
+  float top, inverse, floor;  // tempered logits below `floor` are out
+  uint32_t threshold;         // keys below it are out
+  uint64_t seed;
+  uint32_t offset;
+
+  DEVICE RandomWords words(int group) const {
+    return philox(seed, static_cast<uint32_t>(group), static_cast<uint32_t>(block_x()), kStream, offset);
+  }
+  DEVICE bool keeps(uint32_t key, float s) const { return key >= threshold && s >= floor; }
+};
+
+template <class T>
+KERNEL(kMostThreads)
+sample_kernel(const fastlm_sample a) {
+  SHARED_ARRAY(uint32_t, keys, kHeld);
+  SHARED_ARRAY(int, tokens, kHeld);
+  SHARED_ARRAY(int, counter, 1);
+  const int64_t row_at = block_x() * a.row_stride;
+  const bool aligned = (reinterpret_cast<uint64_t>(a.logits) + row_at * sizeof(T)) % 16 == 0;
+  const Row<T> row{Global<const T>(static_cast<const T*>(a.logits)) + row_at, static_cast<int>(a.columns), aligned};
+  const float temperature = setting(a.temperatures, a.temperature), top_p = setting(a.top_ps, a.top_p);
+  const float min_p = setting(a.min_ps, a.min_p);
+  const int64_t top_k = setting(a.top_ks, a.top_k);
+  if (thread_id() == 0) counter[0] = 0;
+
+  uint64_t best = 0;
+  over_row(row, [&](int first, const float(&x)[kVector<T>]) {
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) best = maximum(best, pack(key_of(x[i]), first + i));
+  });
+  const uint32_t own_top = static_cast<uint32_t>(best >> 32);
+  best = block_reduce(best, Max(), static_cast<uint64_t>(0));
+  const uint32_t top_key = static_cast<uint32_t>(best >> 32);
+  int token = index_of(best);
+  if (top_key == kNan || top_key <= kMinusInfinity) {
+    if (thread_id() == 0) {
+      Global<int64_t>(a.tokens)[block_x()] = -1;
+      if (a.logprobs != nullptr) Global<float>(a.logprobs)[block_x()] = NAN;
+    }
+    return;
+  }
+
+  const float top = value_of(top_key);
+  if (temperature > 0) {
+    const bool by_count = top_k >= 1 && top_k < row.columns, by_mass = top_p < 1;
+    Rule rule{top, minimum(1.0f / temperature, kLargest), min_p > 0 ? minimum(logf(min_p), 0.0f) : -kLargest,
+              kMinusInfinity + 1, 0, 0};
+    int held = 0;  // candidates: all that can stay, if there are any
+    uint64_t total = 0;
+    if (by_count || by_mass) {
+      uint32_t cut = rule.threshold;
+      bool few = row.columns <= kHeld;
+      const int64_t wanted = by_count ? top_k : block_threads() * 15 / 16;
+      if (!few && wanted <= block_threads() * 15 / 16) {
+        few = true;
+        const uint32_t reached = search(0, top_key, kLowestBit<T>, wanted, [&](auto f) { f(own_top, 1); });
+        cut = maximum(cut, reached);
+      }
+      over_row(row, [&](int first, const float(&x)[kVector<T>]) {
+#pragma unroll
+        for (int i = 0; i < kVector<T>; ++i) {
+          const uint32_t key = key_of(x[i]);
+          if (by_mass && !by_count) total += mass_of(tempered(x[i], top, rule.inverse));
+          if (few && key >= cut) {
+            const int slot = atomic_add(counter, 1);
+            if (slot < kHeld) keys[slot] = key, tokens[slot] = first + i;
+          }
+        }
+      });
+      block_barrier();
+      const int collected = counter[0];
+      if (few && collected <= kHeld) held = collected;
+      bool weigh = false;
+      const auto each = [&](auto f) {
+        if (held > 0) {
+          for (int i = thread_id(); i < held; i += block_threads()) {
+            const uint32_t key = keys[i];
+            f(key, weigh ? mass_of(tempered(value_of(key), top, rule.inverse)) : 1);
+          }
+        } else {
+          over_row(row, [&](int, const float(&x)[kVector<T>]) {
+#pragma unroll
+            for (int i = 0; i < kVector<T>; ++i) {
+              f(key_of(x[i]), weigh ? mass_of(tempered(x[i], top, rule.inverse)) : 1);
+            }
+          });
+        }
+      };
+      for (int stage = by_count ? 0 : 1; stage < (by_mass ? 2 : 1); ++stage) {
+        weigh = stage == 1;
+        uint64_t target = static_cast<uint64_t>(top_k);
+        if (weigh) {
+          uint64_t sums[3] = {total, 0, 0};  // of the row, of what is left
+          each([&](uint32_t key, uint64_t amount) { sums[1] += key >= rule.threshold ? amount : 0; });
+          block_sums(sums);
+          const double share = maximum(top_p, 0.0f) * static_cast<double>(by_count ? sums[1] : sums[0]);
+          target = maximum(static_cast<uint64_t>(ceil(share)), static_cast<uint64_t>(1));
+          if (sums[1] < target) held = 0;  // the candidates are too few after all
+        }
+        rule.threshold = maximum(rule.threshold, search(held > 0 ? maximum(cut, rule.threshold) : rule.threshold, top_key,
+                                                        kLowestBit<T>, target, each));
+      }
+    }
+
+    const Global<const int64_t> seed(a.seed);
+    const int64_t key = seed[0], offset = seed[1];
+    rule.seed = static_cast<uint64_t>(key), rule.offset = static_cast<uint32_t>(offset);
+    best = 0;
+    if (held > 0) {
+      for (int i = thread_id(); i < held; i += block_threads()) {
+        const uint32_t at = keys[i];
+        const int id = tokens[i];
+        const float s = tempered(value_of(at), top, rule.inverse);
+        if (!rule.keeps(at, s)) continue;
+        const RandomWords words = rule.words(id / 4);
+        const uint32_t half = id & 1 ? words.word[1] : words.word[0], other = id & 1 ? words.word[3] : words.word[2];
+        best = maximum(best, pack(key_of(s + gumbel(uniform(id & 2 ? other : half))), id));
+      }
+    } else {
+      float leads = -kLargest;  // the best of this thread so far
+      over_row(row, [&](int first, const float(&x)[kVector<T>]) {
+#pragma unroll
+        for (int g = 0; g < kVector<T>; g += 4) {
+          float s[4];
+          bool any = false;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            s[i] = tempered(x[g + i], top, rule.inverse);
+            if (!rule.keeps(key_of(x[g + i]), s[i])) s[i] = -INFINITY;
+            any |= s[i] + kMostNoise > leads;
+          }
+          if (!any) continue;
+          const RandomWords words = rule.words((first + g) / 4);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            // s + gumbel > leads asks that -log(1 - u), which is above u, be below exp(s - leads): two logarithms are seldom needed.
+            const float u = uniform(words.word[i]);
+            if (s[i] == -INFINITY || u > fast_exp2((s[i] - leads) * kLog2e) * 1.001f) continue;
+            const float score = s[i] + gumbel(u);
+            leads = maximum(leads, score);
+            best = maximum(best, pack(key_of(score), first + g + i));
+          }
+        }
+      });
+    }
+    token = index_of(block_reduce(best, Max(), static_cast<uint64_t>(0)));
+  }
+
+  float logprob = 0;
+  if (a.logprobs != nullptr) {
+    float total = 0;
+    over_row(row, [&](int, const float(&x)[kVector<T>]) {
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) total += fast_exp2(tempered(x[i], top, 1.0f) * kLog2e);
+    });
+    logprob = -logf(block_sum(total));
+  }
+  if (thread_id() == 0) {
+    Global<int64_t>(a.tokens)[block_x()] = token;
+    if (a.logprobs != nullptr) {
+      Global<float>(a.logprobs)[block_x()] = logprob + tempered(to_float(load_vector<1>(row.x + token)[0]), top, 1.0f);
+    }
+  }
+}
+
+template <class T>
+int start(const fastlm_sample& a, void* stream) {
+  int threads = 128;
+  while (threads < kMostThreads && static_cast<int64_t>(threads) * kVector<T> < a.columns) threads *= 2;
+  return launch(sample_kernel<T>, Dim{static_cast<int>(a.rows)}, threads, 0, stream, a);
+}
+
+}  // namespace
+
+extern "C" int fastlm_sample_draw(const fastlm_sample* args, void* stream) {
+  const fastlm_sample& a = *args;
+  if (a.rows <= 0 || a.rows > 0x7fffffff || a.columns <= 0 || a.columns > 1 << 30) return kInvalidValue;
+  switch (a.dtype) {
+    case FASTLM_FLOAT32: return start<float>(a, stream);
+    case FASTLM_BFLOAT16: return start<bf16>(a, stream);
+    case FASTLM_FLOAT16: return start<fp16>(a, stream);
+    default: return kInvalidValue;
+  }
+}

@@ -1,0 +1,177 @@
+"""sample: filters against transformers, the draw's distribution, its noise, and what it refuses. Its kernel: tests/csrc."""
+
+import math
+
+import pytest
+import torch
+
+from fastlm import ops
+from fastlm.generate import SamplingConfig, filter_logits
+from fastlm.ops.random_bits import philox
+from fastlm.ops.sample import _Rule
+
+PLAIN = ("reference", "torch")
+OPTIONS = [
+    {},
+    {"temperature": 0.7},
+    {"top_k": 5},
+    {"top_p": 0.8},
+    {"min_p": 0.1},
+    {"temperature": 1.7, "top_k": 30, "top_p": 0.9, "min_p": 0.05},
+    {"temperature": 0.3, "top_p": 0.3, "min_p": 0.5},
+]
+
+
+def kept(logits, look=0, **options):
+    """Which tokens the filters leave."""
+    rule = _Rule(logits, None, options.get("temperature", 1.0))
+    return rule.kept(
+        None, options.get("top_k", 0), None, options.get("top_p", 1.0), None, options.get("min_p", 0.0), look
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_filters_are_those_of_transformers(options):
+    transformers = pytest.importorskip("transformers")
+    logits = 3 * torch.randn(16, 100)
+    expected = transformers.TemperatureLogitsWarper(options.get("temperature", 1.0))(None, logits)
+    for name, warper in (("top_k", "TopKLogitsWarper"), ("top_p", "TopPLogitsWarper"), ("min_p", "MinPLogitsWarper")):
+        if name in options:
+            expected = getattr(transformers, warper)(options[name])(None, expected)
+    assert torch.equal(kept(logits, **options), expected > -math.inf)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_filters_are_those_of_generate(options):
+    logits = 3 * torch.randn(8, 5000)
+    want = filter_logits(logits, SamplingConfig(**options)) > -math.inf
+    assert torch.equal(kept(logits, **options), want) and torch.equal(kept(logits, look=1024, **options), want)
+
+
+def test_equal_logits_stay_or_go_together():
+    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
+    assert kept(logits, top_k=2).tolist() == [[True, True, True, True, False]]
+    assert kept(logits, top_p=0.6).tolist() == [[True, True, True, True, False]]
+    assert kept(logits, top_p=1e-9).tolist() == [[True, False, False, False, False]]
+    assert kept(logits, min_p=1.0).tolist() == [[True, False, False, False, False]]
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "top_k": 4}, {"top_p": 0.7}, {"min_p": 0.4}], ids=str)
+def test_tokens_fall_with_their_probabilities(options, backend):
+    rows, logits = 100_000, torch.tensor([0.3, -1.0, 0.9, 0.1, -0.4, 0.2])
+    expected = filter_logits(logits[None], SamplingConfig(**options)).softmax(-1)[0]
+    drawn = ops.sample(logits.expand(rows, -1), seed=11, backend=backend, **options)
+    counts = torch.bincount(drawn, minlength=6)
+    assert counts[expected == 0].sum() == 0
+    live = expected > 0
+    chi2 = ((counts - rows * expected)[live] ** 2 / (rows * expected[live])).sum()
+    assert chi2 < 20.5  # 99.9% quantile of chi-squared with 5 degrees of freedom
+
+
+def test_offsets_draw_independently():
+    """Rows over many offsets, as decoding counts them up: pairs of neighbours fall as pairs of independent draws do."""
+    logits = torch.tensor([[0.5, 0.0, -0.5]]).expand(10, 3)
+    draws = torch.stack([ops.sample(logits, seed=torch.tensor([3, i])) for i in range(500)])
+    pairs = torch.bincount((3 * draws[:-1] + draws[1:]).flatten(), minlength=9)
+    p = logits[0].softmax(-1)
+    expected = 4990 * torch.outer(p, p).flatten()
+    assert ((pairs - expected) ** 2 / expected).sum() < 26.2  # 99.9% of chi-squared with 8
+
+
+def test_the_noise_is_philoxs():
+    logits = torch.randn(3, 10)
+    seed = torch.tensor([-5, 2])
+    rows = []
+    for row in range(3):
+        scores = []
+        for t in range(10):
+            words = philox(seed[0], *(torch.tensor(c) for c in (t // 4, row, 0x73616D70, 2)))
+            u = (int(words[t % 4]) + 0.5) / 2**32
+            scores.append(logits[row, t].item() - math.log(-math.log1p(-u)))
+        rows.append(max(range(10), key=scores.__getitem__))
+    for backend in PLAIN:
+        assert ops.sample(logits, seed=seed, backend=backend).tolist() == rows
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+def test_torch_draws_what_the_reference_draws(dtype):
+    each = {
+        "temperature": torch.tensor([0.0, 0.5, 1.0, 1.0, 2.0, 1e-38]), "top_k": torch.tensor([0, 1, 5, 10**6, 2, 3]),
+        "top_p": torch.tensor([0.5, 0.9, 1.0, 0.1, 0.2, 0.99]), "min_p": torch.tensor([0, 0.1, 0.5, 1.0, 0, 0]),
+    }  # fmt: skip
+    for columns in (1, 7, 300, 5003):
+        x = (3 * torch.randn(6, columns)).to(dtype)
+        x[5, columns // 2] = -math.inf
+        for options in (*OPTIONS, {"temperature": 0}, each, {"top_k": torch.tensor(4)}):
+            one, two = (ops.sample(x, seed=5, return_logprobs=True, backend=b, **options) for b in PLAIN)
+            assert torch.equal(one[0], two[0]) and torch.equal(one[1].nan_to_num(9), two[1].nan_to_num(9))
+            assert one[0].dtype == torch.int64 and one[1].dtype == torch.float32
+            if columns > 1:
+                want = x.double().log_softmax(-1).gather(1, one[0][:, None])[:, 0]
+                torch.testing.assert_close(one[1].double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("options", [{}, {"top_k": 3, "top_p": 0.6}, {"temperature": 0.0}, {"min_p": 0.2}], ids=str)
+def test_rows_with_infinities_and_nan(options, backend):
+    x = torch.randn(5, 24)
+    x[0, 3], x[1] = math.nan, -math.inf
+    x[2, [5, 9]] = math.inf
+    x[3, :23] = -math.inf
+    x[4], x[4, 1] = torch.finfo(torch.float32).min, 3e38
+    tokens, logprobs = ops.sample(x, seed=1, return_logprobs=True, backend=backend, **options)
+    assert tokens[[0, 1, 3, 4]].tolist() == [-1, -1, 23, 1] and tokens[2] in (5, 9)
+    assert logprobs[:2].isnan().all()
+    torch.testing.assert_close(logprobs[2:], torch.tensor([-math.log(2), 0.0, 0.0]))
+
+
+def test_seeds():
+    flat = torch.zeros(64, 1000)
+    draw = lambda seed: ops.sample(flat, seed=seed)  # noqa: E731
+    assert torch.equal(draw(1), draw(1)) and torch.equal(draw(1), draw(torch.tensor([1, 0])))
+    assert not torch.equal(draw(1), draw(2)) and not torch.equal(draw(None), draw(None))
+    assert len(set(ops.sample(flat.bfloat16(), seed=1).tolist())) > 50  # noise is fp32 whatever the logits are
+
+
+def test_it_is_compiled_and_gives_no_gradient():
+    def call(x, top_p):
+        return ops.sample(x, top_p=top_p, top_k=9, seed=5, return_logprobs=True)
+
+    x, top_p = torch.randn(3, 9), torch.full((3,), 0.7)
+    found = torch.compile(call, fullgraph=True, backend="aot_eager")(x, top_p)
+    for got, want in zip(found, call(x.requires_grad_(), top_p)):
+        torch.testing.assert_close(got, want)
+        assert not want.requires_grad
+    assert ops.sample(torch.zeros(0, 5)).shape == (0,)
+    assert "not measured" not in str(ops.explain(ops.sample, torch.zeros(2, 5), backend="torch"))
+
+
+@pytest.mark.parametrize(
+    "error, words, change",
+    [
+        (TypeError, "logits must be floating point", {"logits": torch.ones(2, 8).int()}),
+        (ValueError, r"logits must be \[B, V\]", {"logits": torch.ones(8)}),
+        (ValueError, "V of at least 1", {"logits": torch.ones(2, 0)}),
+        (ValueError, "temperature must be a number of at least 0, got -1", {"temperature": -1}),
+        (ValueError, "temperature must be", {"temperature": math.nan}),
+        (ValueError, "top_k must be an integer of at least 1, got 0", {"top_k": 0}),
+        (ValueError, "top_k must be", {"top_k": 1.5}),
+        (ValueError, "top_p must be above 0", {"top_p": 0.0}),
+        (ValueError, "min_p must be in 0..1, got 1.5", {"min_p": 1.5}),
+        (
+            ValueError,
+            r"top_p must be a number or a tensor \[2\], one for each row, got \[3\]",
+            {"top_p": torch.ones(3)},
+        ),
+        (TypeError, "top_k must be integers, got torch.float32", {"top_k": torch.ones(2)}),
+        (TypeError, "min_p must be real numbers", {"min_p": torch.ones(2).bool()}),
+        (ValueError, "min_p must be on logits' device", {"min_p": torch.ones(2, device="meta")}),
+        (TypeError, "seed must be an int", {"seed": 1.5}),
+        (ValueError, "backend must be 'auto' or one of", {"backend": "triton"}),
+    ],
+)
+def test_wrong_arguments(error, words, change):
+    arguments = {"logits": torch.ones(2, 8)} | change
+    with pytest.raises(error, match=words):
+        ops.sample(arguments.pop("logits"), **arguments)
