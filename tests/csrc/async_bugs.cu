@@ -161,6 +161,42 @@ KERNEL(32) invalidated_kernel(GRID_CONSTANT(TensorMap), Global<bf16>) {
   mbarrier_arrive(full);  // BUG invalidated
 }
 
+KERNEL(32) barrier_address_kernel(GRID_CONSTANT(TensorMap), Global<bf16>) {
+  SHARED_ARRAY(int, words, 4);
+  if (thread_id() == 0) mbarrier_init(pointer_cast<Mbarrier>(words + 1), 1);  // BUG barrier_address
+}
+
+KERNEL(32) no_arrivals_kernel(GRID_CONSTANT(TensorMap), Global<bf16>) {
+  SHARED_ARRAY(Mbarrier, full, 1);
+  if (thread_id() == 0) mbarrier_init(full, 0);  // BUG no_arrivals
+}
+
+KERNEL(32) phase_as_parity_kernel(GRID_CONSTANT(TensorMap), Global<bf16>) {
+  SHARED_ARRAY(Mbarrier, full, 1);
+  if (thread_id() > 0) return;
+  mbarrier_init(full, 1);
+  for (int i = 0; i < 3; ++i) {
+    mbarrier_arrive(full);
+    mbarrier_wait(full, i);  // BUG phase_as_parity
+  }
+}
+
+KERNEL(32) divergent_elect_kernel(GRID_CONSTANT(TensorMap), Global<bf16> y) {
+  if (lane_id() < 4 && elect_one()) y[0] = from_float<bf16>(0);  // BUG divergent_elect
+}
+
+KERNEL(32) elected_waits_kernel(GRID_CONSTANT(TensorMap), Global<bf16> y) {
+  SHARED_ARRAY(bf16, tile, 64);
+  tile[lane_id()] = from_float<bf16>(0);
+  fence_async_shared();
+  warp_barrier();
+  if (elect_one()) bulk_store(y, tile, 64);
+  bulk_commit();
+  if (lane_id() == 16) bulk_wait_read<0>();  // not the one who stores
+  warp_barrier();
+  tile[lane_id()] = from_float<bf16>(1);  // BUG elected_waits
+}
+
 KERNEL(64) copy_async_wait_kernel(GRID_CONSTANT(TensorMap), Global<bf16> y) {
   SHARED_ARRAY(bf16, tile, 512);
   copy_async<8>(tile + 8 * thread_id(), y + 8 * thread_id());
@@ -216,6 +252,11 @@ SMALL(coordinates, 32)
 SMALL(not_a_multiple, 32)
 SMALL(global_fence, 32)
 SMALL(invalidated, 32)
+SMALL(barrier_address, 32)
+SMALL(no_arrivals, 32)
+SMALL(phase_as_parity, 32)
+SMALL(divergent_elect, 32)
+SMALL(elected_waits, 32)
 SMALL(copy_async_wait, 64)
 SMALL(copy_async_barrier, 64)
 SMALL(registers, 256)

@@ -56,6 +56,12 @@ SMALL = {
     "not_a_multiple": "bulk_store: the bytes must be a multiple of 16, not 24",
     "global_fence": "asynchronous read of bytes 0 to 63 of buffer .*, which thread 0 wrote at .*; no fence_async_global lies",
     "invalidated": "mbarrier_arrive: nobody has initialised an mbarrier at bytes 0 to 7 of shared memory 'full'",
+    "barrier_address": "misaligned write: 8 bytes at an address that is not a multiple of 8",
+    "no_arrivals": r"mbarrier_init: arrivals are 1 to 2\^20 - 1, not 0",
+    "phase_as_parity": "mbarrier_wait: the parity is 0 or 1, not 2",
+    "divergent_elect": "(?s)every thread waits for ever:.*threads 4-31 have returned.*threads 0-3 wait in elect_one at"
+    r"|elect_one: the mask 0xffffffff names lane \d+, which has returned",
+    "elected_waits": r"race: write of bytes .* of shared memory 'tile' .*, which a copy of thread (0|31) read at",
     "copy_async_wait": r"race: read of bytes .* of shared memory 'tile' .*, which a copy of thread \d+ wrote at .*has not waited",
     "copy_async_barrier": r"read of bytes .* of shared memory 'tile' .*, which ((a copy of )?thread \d+ wrote at|nobody wrote)",
     "registers": r"setmaxnreg_inc<256>: .*for ever|setmaxnreg_dec<232>: the warp has 200 registers a thread \(at most 248 at the "
