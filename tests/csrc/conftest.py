@@ -1,5 +1,7 @@
 """The backend "cuda" on a machine without a GPU."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,10 +10,16 @@ from tests.csrc.host_library import link
 from tests.wheels import build_library
 
 
+@functools.cache
+def load() -> None:
+    """Once in a process: a second library, of sources that were edited since, would define the same functions."""
+    torch.ops.load_library(str(link(build_library.sources())))
+
+
 @pytest.fixture
 def cuda_on_the_host(monkeypatch):
     """The backend "cuda" takes CPU tensors and calls the functions of bindings/, compiled for the host body with the kernels."""
-    torch.ops.load_library(str(link(build_library.sources())))
+    load()
     reason = _op._kernel_reason
     monkeypatch.setattr(_cuda, "function", lambda name: getattr(torch.ops.fastlm_host, name).default)
     monkeypatch.setattr(
