@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+import subprocess
 from contextlib import nullcontext
 from ctypes import c_int32
 
@@ -9,10 +11,21 @@ import pytest
 import torch
 
 from fastlm import ops
-from fastlm.ops import _cuda
+from fastlm.ops import _cuda, _op
 from fastlm.ops.cross_entropy import OP, _backward_reference, _reference
 from fastlm.testing import assert_accurate, check_accuracy, check_guards, check_op
-from tests.csrc.host_library import DTYPES, HostError, In, Out, library, needs_compiler, planted, same_in_all_orders
+from tests.csrc.host_library import (
+    CSRC,
+    DTYPES,
+    HostError,
+    In,
+    Out,
+    library,
+    needs_compiler,
+    needs_nvcc,
+    planted,
+    same_in_all_orders,
+)  # fmt: skip
 from tests.ops import test_cross_entropy as of_op
 
 pytestmark = needs_compiler
@@ -226,6 +239,29 @@ def test_planted_bug_is_seen(name, with_bug):
         test_wide_rows(lib, "two", {**NONE, "smoothing": 0.1})
 
 
+@needs_nvcc
+def test_rows_move_in_16_bytes(tmp_path):
+    ptx = tmp_path / "cross_entropy.ptx"
+    command = [
+        "nvcc",
+        "-std=c++20",
+        "-O3",
+        "-arch=sm_90a",
+        "-ptx",
+        f"-I{CSRC}",
+        str(CSRC / "cross_entropy.cu"),
+        "-o",
+        str(ptx),
+    ]
+    subprocess.run(command, check=True, timeout=300)
+    kernels = re.split(r"\.entry ", ptx.read_text())[1:]
+    assert len(kernels) == 12
+    for text in kernels:
+        backward = "bwd" in text.split("(")[0]
+        assert len(re.findall(r"\bld\.global(?:\.cs)?\.v4\.u32\b", text)) == 4  # all under way at once
+        assert len(re.findall(r"\bst\.v4\.b32\b", text)) == (5 if backward else 0)  # and the zeros of an ignored row
+
+
 # --- through the op ---
 
 through_op = pytest.mark.usefixtures("cuda_on_the_host")
@@ -313,6 +349,12 @@ def test_on_a_gpu(name):
             (2, 128256),
         ):  # by warps, blocks, rounds of a block, clusters
             check_accuracy(case, "cuda", dtype, "cuda", case.make(dtype, "cuda", shape))
+
+
+def test_auto_does_not_take_what_was_not_measured(monkeypatch):
+    monkeypatch.setattr(_op, "_on_cuda", lambda *_: True)
+    found = ops.explain(ops.cross_entropy, torch.ones(4, 8, device="meta"), torch.ones(4, device="meta").long())
+    assert found.backend != "cuda" and "not measured" in found.reasons["cuda"]
 
 
 @through_op
