@@ -14,6 +14,7 @@ from fastlm.ops.fp8_linear import fp8_linear, fp8_quantize
 from fastlm.ops.global_norm import global_norm
 from fastlm.ops.kl_div import kl_div
 from fastlm.ops.layer_norm import layer_norm
+from fastlm.ops.linear import linear
 from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 from fastlm.ops.linear_kl_div import linear_kl_div
 from fastlm.ops.linear_logprobs import linear_logprobs
@@ -47,6 +48,7 @@ __all__ = [
     "glu",
     "kl_div",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_kl_div",
     "linear_logprobs",

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm.ops._cuda import not_measured
 from fastlm.ops._op import Op, autocast_dtype, compute_dtype
+from fastlm.ops.linear import why_not_few_rows
 from fastlm.ops.quantize import GROUPS, dequantize_weight
 from fastlm.ops.quantized_cpu import by_codes, few_rows_product, gradient_by_codes
 
@@ -56,8 +58,10 @@ OP = Op(
     kernels={
         "torch": (_torch, _torch_backward),
         "triton": ("quantized_linear:quantized_linear_fwd", "quantized_linear:quantized_linear_bwd"),
+        "cuda": ("quantized_linear_fwd", _torch_backward),
     },
-    slower=lambda backend, x, *_: _many_rows(x) if backend == "triton" else None,
+    supports=lambda backend, x, codes, *_: why_not_few_rows(x, codes) if backend == "cuda" else None,
+    slower=lambda backend, x, *_: _many_rows(x) if backend == "triton" else not_measured(backend),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
 )
 
@@ -163,7 +167,7 @@ def quantized_linear(
         bias: [N] or None, any float dtype.
         bits: 8 or 4.
         group_size: 32, 64 or 128; None, for bits=8 only, for one scale a row.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cuda".
 
     Returns:
         y [..., N] in x's dtype, sums in fp32. The gradient goes to x, as dy W, and to the bias; the weight is frozen, and so are
@@ -177,9 +181,10 @@ def quantized_linear(
     Backends: triton on compute capability >= 8.0. One row: products and sums in fp32, without tensor cores, groups scaled in
     fp32; more rows: tensor cores on the codes themselves, which 16 bits hold exactly, and the scale on the fp32 sums of a group
     (on the weight, rounded to x's dtype, in the backward). torch: a product with the dequantised weight; on the CPU, int8 codes
-    without groups and zeros go to torch's int8 products, see fastlm/ops/quantized_cpu.py. reference. `auto` takes triton up to 16
-    rows. Papers: Dettmers et al. 2022, arXiv:2208.07339 (int8), 2023, arXiv:2305.14314 (QLoRA); Frantar et al. 2022,
-    arXiv:2210.17323 (groups).
+    without groups and zeros go to torch's int8 products, see fastlm/ops/quantized_cpu.py. cuda on compute capability >= 8.0, to
+    eight rows of x: 16-bit x on tensor cores, as triton's many rows, fp32 by plain multiply-adds; the backward is torch's; not
+    chosen by "auto". reference. `auto` takes triton up to 16 rows. Papers: Dettmers et al. 2022, arXiv:2208.07339 (int8), 2023,
+    arXiv:2305.14314 (QLoRA); Frantar et al. 2022, arXiv:2210.17323 (groups), 2024, arXiv:2408.11743 (few rows on tensor cores).
     """
     group_size = 0 if group_size is None else group_size
     _check(x, codes, scale, zero, bias, bits, group_size)

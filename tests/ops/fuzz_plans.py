@@ -209,6 +209,12 @@ def gated_mlp(draw):
     return Plan(shapes, call, plain, {"kind": kind, "recompute": recompute})
 
 
+def linear(draw):
+    D, out = (draw(st.sampled_from((1, 3, 8, 17, 32, 40))) for _ in range(2))
+    shapes = {"x": shape_of(draw, D, most=40), "weight": (out, D)} | ({"bias": (out,)} if draw(st.booleans()) else {})
+    return Plan(shapes, lambda backend, **t: ops.linear(**t, backend=backend), F.linear, {})
+
+
 def lora_linear(draw):
     D, out = (draw(st.sampled_from((1, 3, 8, 17, 32, 40))) for _ in range(2))
     rank, scale = draw(st.sampled_from((1, 2, 4, 9))), draw(st.sampled_from((1.0, 0.5)))
@@ -392,6 +398,6 @@ def linear_kl_div(draw):
     return Plan(shapes, call, plain, options)
 
 
-_EVERY = (rms_norm, layer_norm, activation, glu, rotary, attention, softmax, mlp, gated_mlp, lora_linear, cross_entropy,
-          linear_cross_entropy, linear_logprobs, kl_div, linear_kl_div)  # fmt: skip
+_EVERY = (rms_norm, layer_norm, activation, glu, rotary, attention, softmax, mlp, gated_mlp, linear, lora_linear,
+          cross_entropy, linear_cross_entropy, linear_logprobs, kl_div, linear_kl_div)  # fmt: skip
 PLANS = {plan.__name__: plan for plan in _EVERY} | QUANTIZED

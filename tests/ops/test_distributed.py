@@ -31,6 +31,7 @@ def results(tmp_path_factory):
         "glu",
         "mlp",
         "gated_mlp",
+        "linear",
         "lora_linear",
         "fp8_linear",
         "quantized_linear",

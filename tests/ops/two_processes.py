@@ -59,6 +59,7 @@ def _cases() -> dict:
         "mlp with biases": (lambda x, u, d, b: ops.mlp(x, u, d, b.repeat(2), b), (x, up, down, b), "b..."),
         "gated_mlp": (ops.gated_mlp, (x, gate, up, down), "b..."),
         "gated_mlp in one matrix": (lambda x, g, d: ops.gated_mlp(x, g, None, d), (x, gate, down[:, :N]), "b.."),
+        "linear": (ops.linear, (x, up, torch.randn(2 * N)), "b.."),
         "lora_linear": (lambda x, w, a, b: ops.lora_linear(x, w, a, b, scale=2.0), (x, up, low[0], low[1]), "b..."),
         "quantized_linear": (
             lambda x, codes, scale, bias: ops.quantized_linear(x, codes, scale, None, bias),
