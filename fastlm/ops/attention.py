@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops import attention_torch
+from fastlm.ops import attention_cuda, attention_torch
+from fastlm.ops._cuda import not_measured
 from fastlm.ops._op import Op, grad_of
 from fastlm.ops.attention_options import RelativeBias, make_call
 from fastlm.ops.attention_reference import Call, reference
@@ -17,6 +18,8 @@ MAX_WIDTH = 256
 def _supports(backend, call, return_lse):
     if backend == "torch":
         return attention_torch.reason_against(call, return_lse)
+    if backend == "cuda":
+        return attention_cuda.reason_against(call)
     if backend == "triton":
         width = max(call.q.shape[3], call.v.shape[3])
         if width > MAX_WIDTH:
@@ -42,8 +45,12 @@ OP = Op(
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor ddistances, Tensor dsinks)",
     reference=reference,
     torch=attention_torch.attend,
-    kernels={"triton": ("attention:attention_fwd", "attention_bwd:attention_bwd")},
+    kernels={
+        "cuda": (attention_cuda.forward, attention_cuda.backward),
+        "triton": ("attention:attention_fwd", "attention_bwd:attention_bwd"),
+    },
     supports=lambda backend, *args: _supports(backend, Call(*args[:-1]), args[-1]),
+    slower=not_measured,
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
 )
 
@@ -224,7 +231,7 @@ def attention(
             same seed drops the same weights on every backend (Philox 4x32-10).
         return_lse: also return the log-sum-exp of the masked scores (and sink), before dropout; differentiable.
         check: check the values of key_lengths, cu_seqlens, ... on a GPU too, at the price of a wait.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cuda".
 
     Returns:
         o [B, S, H, Dv] (packed [total, H, Dv]) in q's dtype; with return_lse the pair (o, lse), lse [B, H, S] (packed
@@ -237,7 +244,9 @@ def attention(
         unknown causal or an unsupported backend.
         TypeError: dtypes that are not floating point or differ, lengths that are not integers.
 
-    Backends: triton on compute capability >= 8.0, Dh and Dv <= 256, scale > 0, bitwise repeatable gradients; torch (the CPU's
+    Backends: triton on compute capability >= 8.0, Dh and Dv <= 256, scale > 0, bitwise repeatable gradients; cuda on Hopper, bf16
+    and fp16, Dh = Dv of 64, 128 or 256, causal or not and a limit to the right, nothing else (Shah et al. 2024, arXiv:2407.08608;
+    gradients by the Triton kernels; not chosen by "auto", since it was not measured yet); torch (the CPU's
     choice) without return_lse, softcap, sinks and dropout, and without second derivatives on bf16. Derivatives of any order,
     vmap and forward mode come from the reference. Papers: Dao 2023, arXiv:2307.08691; Ainslie et al. 2023, arXiv:2305.13245.
     """

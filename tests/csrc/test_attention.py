@@ -7,6 +7,8 @@ from ctypes import c_int32
 import pytest
 import torch
 
+from fastlm.ops import attention, attention_cuda
+from fastlm.ops.attention import OP
 from fastlm.ops.attention_options import make_call
 from fastlm.ops.attention_reference import reference
 from fastlm.testing import assert_accurate
@@ -212,3 +214,105 @@ def test_softmax_runs_under_the_products(tmp_path):
         assert sum("MUFU.EX2" in i for i in code[loop:end]) == keys // 2 + 2, name
         assert not any("HGMMA" in i for i in code[loop:end]), name
     assert found == {(width, bf16) for width in (64, 128, 256) for bf16 in (False, True)}
+
+
+# --- the op, through its binding --------------------------------------------------------------------------------------
+
+on_the_host = pytest.mark.usefixtures("cuda_on_the_host")
+
+
+def both(backend, q, k, v, dout, **options):
+    """o, lse and the gradients of o.dout and of the sum of lse."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    o, lse = attention(q, k, v, return_lse=True, backend=backend, **options)
+    seen = lse.masked_fill(lse == float("-inf"), 0)
+    return o, lse, *torch.autograd.grad((o.double() * dout).sum() + seen.sum(), (q, k, v))
+
+
+@needs_compiler
+@on_the_host
+@pytest.mark.parametrize(
+    "options", ({}, {"causal": True}, {"causal": "top_left", "scale": 0.2}, {"window": (-1, 7)}), ids=str
+)
+def test_forward_and_gradients(options):
+    """The gradients are Triton's, from the kernel's log-sum-exp."""
+    q, k, v = inputs(1, 70, 90, 2, 1, 64)
+    dout = torch.randn(q.shape)
+    found = both("cuda", q, k, v, dout, **options)
+    exact = both("reference", q.double(), k.double(), v.double(), dout, **options)
+    plain = both("reference", q, k, v, dout, **options)
+    for name, f, e, p in zip(("o", "lse", "dq", "dk", "dv"), found, exact, plain):
+        assert_accurate(f, e, p, name)
+
+
+@needs_compiler
+@on_the_host
+def test_tensors_that_no_tensor_map_describes_are_copied():
+    q, k, v = inputs(2, 40, 40, 2, 2, 64, FP16)
+    want = attention(q, k, v, backend="cuda")
+    apart = torch.zeros(2, 40, 2, 66, dtype=FP16)[..., :64].copy_(k)  # rows at 132 bytes
+    late = torch.zeros(v.numel() + 1, dtype=FP16)[1:].view(v.shape).copy_(v)  # at 2 bytes
+    assert torch.equal(attention(q, apart, late, backend="cuda"), want)
+    swapped = q.transpose(2, 3).contiguous().transpose(2, 3)  # along the width elements do not follow each other
+    assert torch.equal(attention(swapped, k, v, backend="cuda"), want)
+    shared = k[:, :, :1].expand(-1, -1, 2, -1)
+    assert torch.equal(attention(q, shared, v, backend="cuda"), attention(q, shared.contiguous(), v, backend="cuda"))
+
+
+@needs_compiler
+@on_the_host
+def test_nothing_to_do():
+    for B, S, T in ((0, 5, 5), (1, 0, 5), (2, 5, 0)):
+        q, k, v = inputs(B, S, T, 2, 1, 64)
+        o, lse = attention(q, k, v, return_lse=True, backend="cuda")
+        assert o.shape == q.shape and lse.shape == (B, 2, S) and not o.any() and (lse == float("-inf")).all()
+
+
+@needs_compiler
+@on_the_host
+def test_dispatcher_and_compiled_calls():
+    q, k, v = (x.requires_grad_() for x in inputs(1, 20, 30, 2, 1, 64))
+    torch.library.opcheck(OP.forward, (*call_of(q, k, v, True, None), "cuda"))
+    torch._dynamo.reset()
+    compiled_call = torch.compile(
+        lambda *args: attention(*args, causal=True, backend="cuda"), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for T in (30, 41):
+        args = inputs(1, 20, T, 2, 1, 64)
+        assert torch.equal(compiled_call(*args), attention(*args, causal=True, backend="cuda"))
+    with torch.autocast("cpu", dtype=BF16):
+        wide = [x.detach().float() for x in (q, k, v)]
+        assert torch.equal(attention(*wide, backend="cuda"), attention(q, k, v, backend="cuda"))
+
+
+@needs_compiler
+@on_the_host
+def test_what_it_does_not_take(monkeypatch):
+    q, k, v = inputs(1, 8, 8, 2, 2, 64)
+    for wrong, words in (
+        ({"window": (3, 0)}, "no window to the left, softcap or dropout"),
+        ({"softcap": 5.0}, "no window to the left, softcap or dropout"),
+        ({"dropout_p": 0.5}, "or dropout"),
+        ({"key_lengths": torch.tensor([4])}, "it takes no key_lengths"),
+        ({"bias": torch.zeros(8, 8)}, "it takes no bias"),
+        ({"relative_bias": torch.zeros(2, 5)}, "it takes no relative_bias"),
+        ({"sinks": torch.zeros(2)}, "it takes no sinks"),
+        ({"key_starts": torch.tensor([4])}, "it takes no alibi_slopes"),
+        ({"scale": -1.0}, "scale > 0, got -1.0"),
+        ({"v": v[..., :32]}, "64, 128 or 256 wide, those of v like those of q, got 64 and 32"),
+        ({"q": q.float(), "k": k.float(), "v": v.float()}, "take bfloat16 and float16, got float32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attention(**{"q": q, "k": k, "v": v} | wrong, backend="cuda")
+    assert "not measured" in OP._slower("cuda", q) and OP._slower("triton", q) is None  # auto passes over it
+    monkeypatch.setattr(attention_cuda.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="its backward is Triton's, which is not installed"):
+        attention(q.requires_grad_(), k, v, backend="cuda")
+    function = torch.ops.fastlm_host.attention_fwd
+    for args, words in (
+        ((q, k, v[:, :7]), "q must be"),
+        ((q, k.half(), v), "one dtype"),
+        ((q[:, :, :1], k, v), "a multiple of"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            function(*(x.detach() for x in args), 8, 1.0)
