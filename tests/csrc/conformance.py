@@ -34,7 +34,8 @@ from tests.wheels import build_library
 
 BUILT = ROOT / "build" / "conformance"
 HERE = Path(__file__).parent
-DRY = "the host body, threads in random order"
+DRY = "the host body, threads in random order, asynchronous work late"
+_DRY_ORDER = "random, copies late, products late"
 
 
 class CannotRun(Exception):
@@ -94,9 +95,9 @@ def sorted_rows(*outputs: Tensor) -> Sequence[Tensor]:
 class Case:
     """An instruction, the launcher of a kernel made of it, and its arguments.
 
-    make(generator) gives the launcher's arguments but the stream: In, Both, Out and ints. canonical(*outputs) turns what the
-    Boths and Outs hold afterwards into what is the same in every order of threads; compare says how near it must be.
-    majors: compute capabilities that have the instruction; none for all.
+    make(generator) gives the launcher's arguments but the stream: In, Both, Out, ints and tuples of ints. canonical(*outputs)
+    turns what the Boths and Outs hold afterwards into what is the same in every order of threads; compare says how near it must
+    be. majors: compute capabilities that have the instruction; none for all.
     """
 
     name: str
@@ -298,6 +299,74 @@ def rank_arguments(g: torch.Generator) -> list:
     return [Out(torch.zeros(3, 8, 64, 3, dtype=torch.int32)), 2 ** int(_ints(g, 1, low=0, high=4))]
 
 
+def fragment_arguments(g: torch.Generator, dtype: torch.dtype, warps: int = 6) -> list:
+    """A lane's registers, two small whole numbers in each; and sums."""
+    a, b = (_ints(g, warps, 32, 2 * n, low=-16, high=17).to(dtype).view(torch.int32) for n in (4, 2))
+    return [In(a), In(b), Both(_ints(g, warps, 32, 4, low=-999, high=999).float()), warps // 2]
+
+
+def word_arguments(g: torch.Generator, results: int, blocks: int = 16) -> list:
+    a, b, c = (_ints(g, blocks * 64) for _ in range(3))
+    return [In(a), In(b), In(c), Out(torch.zeros(results, blocks * 64).int()), blocks]
+
+
+def pipeline_arguments(g: torch.Generator) -> list:
+    """Rows that end within a tile, in a wider buffer; what lies beside them stays."""
+    rows, columns, blocks = (int(_ints(g, 1, low=1, high=n)) for n in (100, 300, 6))
+    stride = -(-columns // 8) * 8 + 8 * int(_ints(g, 1, low=0, high=3))
+    x, y = (torch.randn(rows, stride, generator=g).bfloat16() for _ in range(2))
+    return [In(x), Both(y), rows, columns, stride, blocks]
+
+
+def box_arguments(g: torch.Generator, dtype: torch.dtype, rank: int) -> list:
+    """A box anywhere, also beside the tensor. Strides are multiples of 16 bytes and of each other, as tensor maps ask."""
+    size = dtype.itemsize
+    sizes = [int(n) for n in _ints(g, rank, low=1, high=9)]
+    sizes[0] *= int(_ints(g, 1, low=1, high=20))
+    strides = []
+    for n in sizes[:-1]:
+        span = strides[-1] * n if strides else -(-n * size // 16) * 16 // size
+        strides.append(span * int(_ints(g, 1, low=1, high=3)))
+    swizzle = int(_ints(g, 1, low=0, high=4))
+    width = 16 * 2**swizzle if swizzle else 16 * int(_ints(g, 1, low=1, high=9))
+    box = [width // size, *(int(n) for n in _ints(g, rank - 1, low=1, high=5))]
+    corner = torch.tensor([int(_ints(g, 1, low=-b, high=n + 2)) for b, n in zip(box, sizes)], dtype=torch.int32)
+    x = torch.randn(1 + sum((n - 1) * s for n, s in zip(sizes, (1, *strides))), generator=g).to(dtype)
+    five = (*sizes, *[0] * (5 - rank)), (*strides, *[0] * (5 - rank)), (*box, *[0] * (5 - rank))
+    return [
+        In(x),
+        In(corner),
+        Out(torch.zeros(math.prod(box), dtype=dtype)),
+        rank,
+        swizzle,
+        five[0],
+        five[1][:4],
+        five[2],
+    ]
+
+
+def addition_arguments(g: torch.Generator, dtype: torch.dtype) -> list:
+    """Whole numbers: in which order the memory adds them is open."""
+    rows, columns = (int(_ints(g, 1, low=1, high=n)) for n in (60, 200))
+    stride = -(-columns // 8) * 8
+    x, y = (_ints(g, n, stride, low=-5, high=6).to(dtype) for n in (rows, 8))
+    return [In(x), Both(y), rows, columns, stride]
+
+
+def bulk_arguments(g: torch.Generator, dtype: torch.dtype, pieces: int = 9) -> list:
+    x, total = (_ints(g, n, 32, low=-9, high=10).to(dtype) for n in (pieces, 1))
+    return [In(x), Out(torch.zeros_like(x)), Both(total), pieces]
+
+
+def copy_async_arguments(g: torch.Generator, wide: int) -> list:
+    n = int(_ints(g, 1, low=1, high=1500))
+    return [In(_any_floats(g, n)), Out(torch.zeros(-(-n // 256) * 256)), n, wide]
+
+
+def relay_arguments(g: torch.Generator) -> list:
+    return [Out(torch.zeros(128)), Out(torch.zeros(128)), Both(torch.zeros(1).int())]
+
+
 def _with(make: Callable, *values, **named) -> Callable[[torch.Generator], list]:
     return lambda g: make(g, *values, **named)
 
@@ -351,6 +420,40 @@ CASES = [
         )
     ),
     *(
+        Case(f"{what} {n}", f"{launcher}_{n}", _with(make, *values), source="mma_cases.cu")
+        for n, d in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+        for what, launcher, make, *values in (
+            ("mma", "mma", fragment_arguments, d), ("packed_subtract, pack, byte_permute", "pairs", word_arguments, 3),
+        )
+    ),
+    Case("bitwise", "bitwise_of", _with(word_arguments, 4), source="mma_cases.cu"),
+    *(
+        Case(f"copy_async<{n}>, _commit, _wait", "ahead", _with(copy_async_arguments, n), source="async_cases.cu")
+        for n in (1, 2, 4)
+    ),
+    *(
+        Case(name, launcher, make, source="async_cases.cu", majors=(9, 10))
+        for name, launcher, make in (
+            ("mbarrier_arrive, _wait, _invalidate", "threads", lambda g: [Out(torch.zeros(9 * 32 + 4).int()), 9]),
+            ("mbarrier, tensor_load, _store, elect_one", "pipeline", pipeline_arguments),
+            *(
+                (f"tensor_load {rank}d {n}", f"box_{n}", _with(box_arguments, d, rank))
+                for rank in range(1, 6)
+                for n, d in (("bf16", torch.bfloat16), ("float", torch.float32))
+            ),
+            *(
+                (f"tensor_reduce_add {n}", f"add_{n}", _with(addition_arguments, d))
+                for n, d in (("float", torch.float32), ("bf16", torch.bfloat16), ("int", torch.int32))
+            ),
+            *(
+                (f"bulk_load, _store, _reduce_add {n}", f"bulk_{n}", _with(bulk_arguments, d))
+                for n, d in (("float", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
+            ),
+            ("fence_async_global", "relay", relay_arguments),
+            ("warpgroup_id, elect_one, setmaxnreg", "groups", lambda g: [Out(torch.zeros(384).int())]),
+        )
+    ),
+    *(
         Case(f"wgmma {launcher}", launcher, _with(product_arguments, getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[t]),
                                                   int(n)), source="wgmma_cases.cu", majors=(9,))
         for launcher, t, n in _PRODUCTS
@@ -388,6 +491,12 @@ def built(source: Path, architecture: str = "") -> Path:
 
 def _results(values: Sequence) -> list[Tensor]:
     return [v.tensor for v in values if isinstance(v, Both | Out)]
+
+
+def _argument(value: In | int | tuple[int, ...]) -> Any:
+    if isinstance(value, In):
+        return ctypes.c_void_p(value.tensor.data_ptr())
+    return (ctypes.c_int64 * len(value))(*value) if isinstance(value, tuple) else ctypes.c_int64(value)
 
 
 class Side:
@@ -445,7 +554,7 @@ class OnDevice(Side):
 
     def run(self, case: Case, values: Sequence) -> list[Tensor]:
         values = [type(v)(v.tensor.cuda()) if isinstance(v, In) else v for v in values]
-        arguments = [ctypes.c_void_p(v.tensor.data_ptr()) if isinstance(v, In) else ctypes.c_int64(v) for v in values]
+        arguments = [_argument(v) for v in values]
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         code = getattr(self.library(case.source), case.launcher)(*arguments, stream)
         if code:
@@ -522,7 +631,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if options.dry:
-            device, name = OnHost("random"), DRY
+            device, name = OnHost(_DRY_ORDER), DRY
         elif torch.cuda.is_available():
             device = OnDevice()
             name = f"{torch.cuda.get_device_name()}, {device.architecture}"
