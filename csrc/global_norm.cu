@@ -1,9 +1,9 @@
 // The Euclidean norm of a list of tensors of any dtypes in one launch (fastlm/ops/global_norm.py has the contract).
 //
-// Every thread block adds the squares of a run of blocks of the table (multi_tensor.h), of which those of one tensor are one piece
-// of memory: it looks into the table once for each tensor, and has four 16-byte accesses per thread under way. The last one to
-// finish adds up what the others left, in order. Who adds what depends on the sizes and on where in 16 bytes a tensor begins
-// alone: bitwise repeatable.
+// Every thread block adds the squares of a run of blocks of the table (multi_tensor.h), of which those of one tensor are one
+// piece of memory: it looks into the table once for each tensor, and has four 16-byte accesses per thread under way. The last
+// one to finish adds up what the others left, in order. Who adds what depends on the sizes and on where in 16 bytes a tensor
+// begins alone: bitwise repeatable.
 //
 // Squares of fp32 and bf16 numbers overflow from 1.8e19 on: a share whose sum is not finite is read again, scaled by 2^-96.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastlm.kernels.moment_bound import least_root
+from fastlm.kernels.tensor_table import draws, format_of, table_of
+from fastlm.ops import _cuda
 from fastlm.ops._native import fused_adamw_
 from fastlm.ops.optimizer_step import Common, optimizer_op, run_step
 
@@ -35,6 +38,25 @@ def _of_codes(states, beta1, beta2, eps, weight_decay):
         v.copy_(torch.where(bound > v, bound, v))  # NaN in v stays
 
 
+def _cuda_step(
+    params, grads, exp_avgs, exp_avg_sqs, masters, remainders, averages, exp_avg_scales, exp_avg_sq_scales,
+    lr_tensor, step_tensor, grad_scale_tensor, found_inf, seed, streams, lr, step, grad_scale, average_decay,
+    beta1, beta2, eps, weight_decay,
+):  # fmt: skip
+    """The launcher of csrc/adamw.cu. It gets tables of the lists: a third of the host's time of handing over the lists."""
+    lists = (
+        params, grads, exp_avgs, exp_avg_sqs, masters, remainders, averages, exp_avg_scales, exp_avg_sq_scales
+    )  # fmt: skip
+    random = draws(lists, 2, seed is not None)
+    table, _ = table_of(lists, streams if any(random) else None)
+    numbers = (t if t is None else t.float() for t in (lr_tensor, step_tensor, grad_scale_tensor))
+    logs = (math.log(beta) if beta > 0 else -1e6 for beta in (beta1, beta2))
+    _cuda.function("adamw_step")(
+        *table, list(map(format_of, lists)), *random, *numbers, found_inf, seed.contiguous() if any(random) else None,
+        lr, step, grad_scale, 1 - average_decay, *logs, 1 - beta1, 1 - beta2, least_root(beta1, beta2), eps, weight_decay
+    )  # fmt: skip
+
+
 OP = optimizer_op(
     "adamw_",
     ("exp_avgs", "exp_avg_sqs"),
@@ -43,6 +65,7 @@ OP = optimizer_op(
     _fused,
     True,
     of_codes=_of_codes,
+    cuda=_cuda_step,
 )
 
 
@@ -108,8 +131,9 @@ def adamw_(
         ValueError: lists of unequal length, shapes or devices that differ, a step below 1, a beta out of range, an unknown or
             unsupported backend. TypeError: dtypes that do not fit.
 
-    Backends: triton (one launch per combination of dtypes; compute capability >= 8.0; in a CUDA graph, the tensors are those
-    of the capture), torch (the CPU default), reference. Paper: Loshchilov and Hutter 2019, arXiv:1711.05101.
+    Backends: triton and cuda (one launch per combination of dtypes; compute capability >= 8.0; in a CUDA graph, the tensors
+    are those of the capture; "auto" does not take cuda), torch (the CPU default), reference.
+    Paper: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlm.ops._cuda import not_measured
 from fastlm.ops._op import Op, compute_dtype
 from fastlm.ops.block_quantize import BLOCK, block_dequantize, block_quantize
 from fastlm.ops.master_weights import join_master, random_halves, round_stochastic, split_master
@@ -63,6 +64,7 @@ def optimizer_op(
     rounds_once: bool = False,
     piece: int | None = None,
     of_codes: Callable | None = None,
+    cuda: Callable | None = None,
 ) -> Op:
     """The Op of an optimizer step over these lists of states, which its public function calls through `run_step`.
 
@@ -74,6 +76,7 @@ def optimizer_op(
         rounds_once: whether `fused` takes bf16 tensors and rounds what it computes in fp32.
         piece: elements `fused` should be given at a time on the CPU, because it passes over them several times.
         of_codes: of_codes(states, *constants), in place: what is done to states read from 8-bit codes before the step.
+        cuda: launcher of a kernel in the CUDA library, with the arguments of the schema without `backend`; None: there is none.
     """
     written = ["params", *states, "masters", "remainders", "averages", *map(scales_name, states)]
     lists = [f"Tensor({chr(97 + i)}!)[] {n}" for i, n in enumerate(written)]
@@ -86,7 +89,8 @@ def optimizer_op(
         f"({lists[0]}, Tensor[] grads, {', '.join(lists[1:])}, {numbers}, {constants}, str backend) -> ()",
         reference=partial(_plain, by_formula(formula), None, False, None, of_codes),
         torch=partial(_plain, by_formula(formula), fused, rounds_once, piece, of_codes),
-        kernels={"triton": (f"{name.rstrip('_')}:{name}step", None)},
+        kernels={"triton": (f"{name.rstrip('_')}:{name}step", None)} | ({"cuda": (cuda, None)} if cuda else {}),
+        slower=not_measured,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
     )
     op.fake(lambda *args: None)
@@ -173,7 +177,7 @@ def _found_inf(op: str, value: Any, device: torch.device, backend: str) -> Any:
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise TypeError(f"{op}: found_inf must be a tensor of one element, nonzero to skip the step, got {value!r}")
     value = value.full_tensor() if type(value).__name__ == "DTensor" else value
-    if value.device.type == "cpu" and backend != "triton" and not torch.compiler.is_compiling():
+    if value.device.type == "cpu" and backend not in ("triton", "cuda") and not torch.compiler.is_compiling():
         return bool(value) or None
     return value.reshape(()).to(device, torch.float32)
 
