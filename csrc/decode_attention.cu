@@ -237,7 +237,7 @@ template <int VEC>
 DEVICE void combine(const Args& a, const Share& share, const Found& found) {
   const int chunks = a.value_width / VEC, items = share.rows * chunks;
   const int64_t outputs = static_cast<int64_t>(a.B) * a.S * a.H;
-  const Global<float> partial(a.partial), tops(a.stats), totals = tops + a.splits * outputs;
+  const Global<float> partial(a.partial), stats(a.stats);
   block_barrier();
   for (int item = thread_id(); item < items; item += kThreads) {
     const int r = item / chunks, column = item % chunks * VEC;
@@ -260,28 +260,22 @@ DEVICE void combine(const Args& a, const Share& share, const Found& found) {
     }
     const int64_t to = block_y() * outputs + share.output(a, r);
     store_vector(partial + to * a.value_width + column, o);
-    if (column == 0) {
-      tops[to] = sum.top;
-      totals[to] = sum.total;
-    }
+    if (column == 0) store_vector(stats + 2 * to, Floats<2>{{sum.top, sum.total}});
   }
   if (share.live == 1 || !is_last_block(Global<unsigned>(a.counters) + block_x(), share.live)) return;
   for (int item = thread_id(); item < items; item += kThreads) {
     const int r = item / chunks, column = item % chunks * VEC;
     const int64_t at = share.output(a, r);
     Running sum;
-    for (int i = 0; i < share.live; ++i) {
-      const float top = tops[i * outputs + at];
-      sum.top = maximum(sum.top, top);
-    }
+    for (int i = 0; i < share.live; ++i) sum.top = maximum(sum.top, load_vector<2>(stats + 2 * (i * outputs + at))[0]);
     Floats<VEC> o{};
-#pragma unroll 4
+#pragma unroll 16  // nothing else is going on any more: many reads on their way at once
     for (int i = 0; i < share.live; ++i) {
       const int64_t from = i * outputs + at;
-      const float top = tops[from], total = totals[from];
-      const float weight = fast_exp2(top - base_of(sum.top));
+      const Floats<2> one = load_vector<2>(stats + 2 * from);
+      const float weight = fast_exp2(one[0] - base_of(sum.top));
       const Floats<VEC> part = load_vector<VEC>(partial + from * a.value_width + column);
-      sum.total += total * weight;
+      sum.total += one[1] * weight;
 #pragma unroll
       for (int j = 0; j < VEC; ++j) o[j] += part[j] * weight;
     }

@@ -19,7 +19,7 @@ typedef struct {
   void* o;                  // [B, S, H, value_width]
   float* lse;               // [B, H, S]
   float* partial;           // splits > 1: [splits, B * S * H, value_width], and
-  float* stats;             // [2, splits, B * S * H], and
+  float* stats;             // [splits, B * S * H, 2], and
   unsigned* counters;       // fastlm_decode_attention_blocks() of them; cleared here
   int64_t q_strides[3], k_strides[4], v_strides[4];
   int64_t table_stride, pages;

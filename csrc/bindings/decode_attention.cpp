@@ -123,7 +123,7 @@ Two decode_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, cons
   std::optional<Tensor> partial, stats, counters;
   if (args.splits > 1) {
     partial = stable::new_empty(q, {args.splits, B * S * H, DV}, ScalarType::Float);
-    stats = stable::new_empty(q, {2, args.splits, B * S * H}, ScalarType::Float);
+    stats = stable::new_empty(q, {args.splits, B * S * H, 2}, ScalarType::Float);
     counters = stable::new_empty(q, {blocks}, ScalarType::Int);
     args.partial = static_cast<float*>(partial->mutable_data_ptr());
     args.stats = static_cast<float*>(stats->mutable_data_ptr());

@@ -9,6 +9,7 @@ from math import prod
 import pytest
 import torch
 
+from fastlm.ops import _cuda
 from fastlm.ops.decode_attention import OP, decode_attention
 from fastlm.testing import assert_accurate
 from tests.csrc.host_library import (
@@ -71,7 +72,7 @@ def launch(lib, args, options=None, splits=1, order="forward", **changed):
     lib.run("fastlm_decode_attention_fwd", {
         "q": In(q), "k": In(k), "v": In(v), "lengths": In(lengths), "page_table": In(table), "key_starts": In(starts),
         "alibi_slopes": In(slopes), "distances": In(distances), "sinks": In(sinks), "o": Out(o), "lse": Out(lse),
-        "partial": scratch(splits, B * S * H, DV), "stats": scratch(2, splits, B * S * H),
+        "partial": scratch(splits, B * S * H, DV), "stats": scratch(splits, B * S * H, 2),
         "counters": scratch(B * H * S, dtype=torch.int32),
         "q_strides": q.stride()[:3], "k_strides": k.stride(), "v_strides": v.stride(),
         "table_stride": 0 if table is None else table.stride(0), "pages": k.shape[0],
@@ -319,6 +320,31 @@ def test_what_it_does_not_take():
             call(*args, *rest)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", (0, 1, 16, 100))
+def test_on_a_gpu(page):
+    if reason := _cuda.unavailable():
+        pytest.skip(reason)
+    for S, D, dtype in ((1, 128, BF16), (4, 64, FP16), (2, 256, BF16), (3, 80, FP32)):
+        sizes = {"T": 1500, "lengths": (1500, 0, 700, 3), "H": 8, "D": D, "DV": D, "dtype": dtype}
+        args = cases.inputs("cuda", page, S=S, **sizes)
+        cases.check(args, {"window": 1200, **cases.options("sinks", 8, "cuda")}, None, 1, 3, 40, backend="cuda")
+
+    def call():
+        return decode_attention(*args[:4], page_table=args[4], splits=3, backend="cuda")
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for change in (0, -5):
+        args[3].add_(change).clamp_(min=0)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, call())
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 BUGS = {
@@ -335,7 +361,7 @@ BUGS = {
     "window forgotten": ("key >= row.first && key <= row.position", "key <= row.position"),
     "halves swapped": ("g % 2 ? kHighHalves : kLowHalves", "g % 2 ? kLowHalves : kHighHalves"),
     "a share forgotten": ("first + block_y() * each * step : hi", "first + (block_y() + 1) * each * step : hi"),
-    "shares not weighed": ("fast_exp2(top - base_of(sum.top));", "1.0f;"),
+    "shares not weighed": ("fast_exp2(one[0] - base_of(sum.top));", "1.0f;"),
     "sum not shrunk": (
         "sum.total = sum.total * shrink + (s[n][j] + s[n][2 + j]);",
         "sum.total += s[n][j] + s[n][2 + j];",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastlm import ops
+from fastlm.ops import _cuda
 from fastlm.ops.softmax import _reference
 from fastlm.testing import assert_accurate, check_accuracy, check_guards, check_op
 from tests.csrc.host_library import DTYPES, HostError, In, Out, library, needs_compiler, planted, same_in_all_orders
@@ -191,6 +192,17 @@ def test_wrong_masks_are_refused():
     ):
         with pytest.raises(RuntimeError, match=words):
             call(x, mask, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", MASKS)
+def test_on_a_gpu(kind):
+    if reason := _cuda.unavailable():
+        pytest.skip(reason)
+    check_op(_case(kind), "cuda", "cuda")
+    for dtype in (FP32, BF16, FP16):
+        for shape in ((2, 3, 4, 20), (2, 3, 123), (2, 7, 1032), (2, 3, 40000)):
+            check_accuracy(_case(kind, shape), "cuda", dtype, "cuda")
 
 
 BUGS = {
