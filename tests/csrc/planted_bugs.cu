@@ -124,6 +124,13 @@ KERNEL(64) static_size_kernel(Global<const float> x, Global<float> y) {
   y[thread_id()] = tile[thread_id()];
 }
 
+// 1024 bytes and 4 more, which CUDA rounds up, since dynamic shared memory begins at a multiple of 1024.
+KERNEL(64) both_sizes_kernel(Global<const float> x, Global<float> y) {
+  SHARED_ARRAY(float, tile, 257);  // BUG both_sizes
+  tile[thread_id()] = x[thread_id()];
+  y[thread_id()] = tile[thread_id()];
+}
+
 KERNEL(64) one_address_kernel(Global<const float> x, Global<float> y) {
   SHARED_ARRAY(float, top, 1);
   if (x[thread_id()] > 0) top[0] = x[thread_id()];  // BUG one_address
@@ -199,6 +206,7 @@ BUG(shared_past_the_end, 64, 0)
 BUG(misaligned, 64, 0)
 BUG(dynamic_size, 64, 63 * 4)
 BUG(static_size, 64, 0)
+BUG(both_sizes, 64, 226 * 1024)
 BUG(one_address, 64, 0)
 BUG(input_written, 64, 0)
 BUG(null_pointer, 64, 0)

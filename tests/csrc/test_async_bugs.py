@@ -145,6 +145,7 @@ def test_every_mistake_is_in_the_list():
     (
         ((1, 64, 64, 64, 16, 0), "the tensor's address must be a multiple of 16 bytes"),
         ((0, 64, 60, 64, 16, 0), "stride 1 must be a multiple of 16 bytes below 2\\^40, not 120 bytes"),
+        ((0, 64, 0, 64, 16, 0), "stride 1 must be a multiple of 16 bytes below 2\\^40, not 0 bytes"),
         ((0, 64, 64, 264, 16, 0), "box size 0 must be 1 to 256, not 264"),
         ((0, 64, 64, 64, 257, 0), "box size 1 must be 1 to 256, not 257"),
         ((0, 64, 64, 20, 16, 0), "a row of the box must be a multiple of 16 bytes, not 40"),

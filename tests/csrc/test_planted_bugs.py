@@ -36,6 +36,7 @@ BUGS = {
     "misaligned": r"misaligned read: 16 bytes at an address that is not a multiple of 16 \(4 past one\)",
     "dynamic_size": r"thread 63: out of bounds: write of bytes 252 to 255 of shared memory 'dynamic_shared' \(252 bytes\)",
     "static_size": "'tile' takes static shared memory to 49156 bytes",
+    "both_sizes": "'tile' takes static shared memory to 1028 bytes and the block's to 233472; there are 49152 and 232448",
     "one_address": r"race: write of bytes 0 to 3 of shared memory 'top' \(4 bytes\), which thread \d+ wrote at",
     "one_place_of_two_blocks": "race: write of bytes .* of buffer 'argument 1' .*, which block [01], thread .* wrote at",
     "input_written": "write of bytes .* of buffer 'argument 0' .*, which is an input",

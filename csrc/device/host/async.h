@@ -354,7 +354,7 @@ int make_tensor_map(TensorMap& map, const T* base, std::initializer_list<int64_t
            host::format("size %d must be 1 to 2^32, not %lld", i, static_cast<long long>(map.size[i])));
       want(map.box[i] >= 1 && map.box[i] <= 256, host::format("box size %d must be 1 to 256, not %d", i, map.box[i]));
       if (i > 0) {
-        want(map.stride[i] >= 0 && map.stride[i] % 16 == 0 && map.stride[i] < int64_t{1} << 40,
+        want(map.stride[i] > 0 && map.stride[i] % 16 == 0 && map.stride[i] < int64_t{1} << 40,
              host::format("stride %d must be a multiple of 16 bytes below 2^40, not %lld bytes", i,
                           static_cast<long long>(map.stride[i])));
       }

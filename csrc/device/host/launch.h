@@ -232,12 +232,14 @@ inline int run(Dim grid, int cluster, int threads, int shared_bytes, bool cooper
 inline Region& array_of(Block& block, const std::string& name, size_t bytes, const void* key, const Where& at) {
   std::unique_ptr<Region>& array = block.arrays[key];
   if (!array) {
-    const size_t all = block.shared_bytes + bytes;
-    if (all > kMostShared || all - machine.shared_bytes > kMostStatic) {
+    const size_t fixed = block.shared_bytes - machine.shared_bytes + bytes;
+    const size_t before = machine.shared_bytes ? (fixed + 1023) / 1024 * 1024 : fixed;  // dynamic_shared is aligned
+    const size_t all = before + machine.shared_bytes;
+    if (all > kMostShared || fixed > kMostStatic) {
       fail_with(at, format("'%s' takes static shared memory to %zu bytes and the block's to %zu; there are %zu and %zu",
-                           name.c_str(), all - machine.shared_bytes, all, kMostStatic, kMostShared));
+                           name.c_str(), fixed, all, kMostStatic, kMostShared));
     }
-    block.shared_bytes = all;
+    block.shared_bytes += bytes;
     array = std::make_unique<Region>();
     Launch::make_shared(*array, name.c_str(), block.index, bytes);
   }
