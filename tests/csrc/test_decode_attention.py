@@ -20,9 +20,11 @@ from tests.csrc.host_library import (
     Out,
     library,
     needs_compiler,
+    needs_nvcc,
     planted,
     same_in_all_orders,
 )
+from tests.csrc.nvcc import compiled, instructions
 from tests.ops import decode_cases as cases
 from tests.ops.test_decode_attention_contract import _check_guards
 
@@ -371,13 +373,32 @@ BUGS = {
 
 
 @pytest.fixture(scope="module")
-def with_bug(tmp_path_factory):
-    """With one kernel alone, bf16 of up to 128: less to compile."""
+def one_kernel(tmp_path_factory):
+    """A file with the kernel for bf16 of up to 128 alone: less to compile."""
     text = (ROOT / SOURCE).read_text(encoding="utf-8").replace("case FASTLM_BFLOAT16:", "case 1:")
-    text = re.sub(r" +(case (64|256)|if \(plan.groups == 2\)|if \(!plan.on_mma\)).*\n", "", text)
+    text = re.sub(r" +(case (64|256)|case FASTLM_FLOAT16|if \(plan.groups == 2\)|if \(!plan.on_mma\)).*\n", "", text)
+    text = re.sub(r"int start_plain\(.*?\n}\n", "", text, flags=re.DOTALL)
     path = tmp_path_factory.mktemp("one") / "decode_attention.cu"
     path.write_text(text, encoding="utf-8")
-    return planted(str(path), BUGS, tmp_path_factory.mktemp("planted"))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def with_bug(one_kernel, tmp_path_factory):
+    return planted(one_kernel, BUGS, tmp_path_factory.mktemp("planted"))
+
+
+@needs_nvcc
+def test_keys_and_values_move_in_16_bytes(one_kernel, tmp_path):
+    """16 of each tile: before the loop, and in it the next tile's keys after the products with keys, values after those."""
+    _, cubin = compiled(one_kernel, "sm_90a", tmp_path)
+    ((_, code),) = instructions(cubin).items()
+    reads = [i for i, line in enumerate(code) if "LDG" in line and ".CONSTANT" in line]
+    assert len(reads) == 32 and all("LDG.E.128" in code[i] for i in reads)
+    products = [i for i, line in enumerate(code) if "HMMA" in line]
+    assert len(products) == 16 and not any(line.split()[0] in ("LDL", "STL") for line in code)
+    order = "".join(kind for _, kind in sorted([(i, "r") for i in reads] + [(i, "p") for i in products]))
+    assert order == 16 * "r" + 8 * "p" + 8 * "r" + 8 * "p" + 8 * "r", order
 
 
 def in_one_order(run):
