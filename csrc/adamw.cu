@@ -240,8 +240,7 @@ struct Row {
 
   DEVICE bool has(int column) const { return a.formats[column] != FASTLM_ABSENT; }
 
-  DEVICE List list(int column) const {
-    if (!has(column)) return {nullptr, FASTLM_ABSENT, false};
+  DEVICE List list(int column) const {  // one that it has
     const int32_t format = a.formats[column];
     const int bytes = format == FASTLM_FLOAT32 ? 4 : format <= FASTLM_INT16 ? 2 : 1;
     const uint64_t base = address(column);
@@ -289,8 +288,9 @@ struct State {
   Four raw[kGroups];
   float scale = 0;
 
-  DEVICE State(const Row& row)
-      : row(row), values(row.list(SIGNED ? FASTLM_ADAMW_EXP_AVG : FASTLM_ADAMW_EXP_AVG_SQ)) {
+  DEVICE State(const Row& row) : row(row), values(row.list(SIGNED ? FASTLM_ADAMW_EXP_AVG : FASTLM_ADAMW_EXP_AVG_SQ)) {}
+
+  DEVICE void get() {
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) values.get<CODES>(j, row.left(j), raw[j]);
     if (coded() && row.first < row.size) scale = row.scale(kScales)[0];
@@ -394,6 +394,8 @@ DEVICE void update(const Row& row) {
   Four weights[kGroups], remainders[kGroups], grads[kGroups], averages[kGroups];
   const List source = row.list(row.has(FASTLM_ADAMW_MASTER) ? FASTLM_ADAMW_MASTER : FASTLM_ADAMW_PARAM);
   const List grad = row.list(FASTLM_ADAMW_GRAD);
+  State<CODES, true> first(row);
+  State<CODES, false> second(row);
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
     const int left = row.left(j);
@@ -402,8 +404,8 @@ DEVICE void update(const Row& row) {
     grad.get(j, left, grads[j]);
     if constexpr (AVERAGE) row.list(FASTLM_ADAMW_AVERAGE).get(j, left, averages[j]);
   }
-  State<CODES, true> first(row);
-  State<CODES, false> second(row);
+  first.get();
+  second.get();
 
   const float step_number = number(a.step_at, a.step);
   const Step step(a, step_number);

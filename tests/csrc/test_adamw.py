@@ -2,6 +2,7 @@
 
 import math
 import re
+import subprocess
 from ctypes import c_float, c_int32
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from fastlm import ops
 from fastlm.kernels.moment_bound import least_root
 from fastlm.kernels.tensor_table import BLOCK, format_of
+from fastlm.ops import _cuda
 from fastlm.ops.adamw import OP
 from fastlm.testing import bands_intact, guarded, poison_empty
 from tests.csrc.host_library import (
@@ -19,6 +21,7 @@ from tests.csrc.host_library import (
     In,
     library,
     needs_compiler,
+    needs_nvcc,
     planted,
     same_in_all_orders,
 )
@@ -26,6 +29,7 @@ from tests.ops import test_adamw as plain
 from tests.ops import test_optimizer_contract as contract
 from tests.ops import test_optimizer_modes as modes
 from tests.ops.optimizer_cases import MODES, OPTIONS, Mode, assert_alike, bits, call, clone, make, run, same_bits
+from tests.wheels import build_library
 
 pytestmark = needs_compiler
 as_backend = pytest.mark.usefixtures("cuda_on_the_host")
@@ -137,6 +141,25 @@ def test_a_table_that_is_wrong_is_seen(lib):
         launch(lib, lists, Mode(), count=2)
     with pytest.raises(HostError, match="returned 1: no report"):
         launch(lib, lists, Mode(), count=0)
+
+
+@needs_nvcc
+def test_fp32_moves_in_16_bytes_and_16_bits_in_8(tmp_path):
+    """Each of a lane's accesses, of which every list has one for either group of four elements: none is split up."""
+    ptx = tmp_path / "adamw.ptx"
+    command = [build_library.find_nvcc(), "-std=c++20", "-O3", "-I", ROOT / "csrc", "-arch=sm_90a", "-ptx"]
+    subprocess.run([*command, ROOT / "csrc" / "adamw.cu", "-o", ptx], check=True)
+    kernels = re.split(r"\.entry ", ptx.read_text())[1:]
+    assert len(kernels) == 4
+    for text in kernels:
+        average = "ELb1EE" in text.split("(")[0]
+        for word, lists in (
+            ("ld", 5),
+            ("st", 5),
+        ):  # weight, remainder, gradient, states; parameter, master, remainder, states
+            found = re.findall(rf"\b{word}\.global\.cs((?:\.v\d)?\.[a-z]\d+)", text)
+            for width in (".v4.u32", ".v2.u32"):
+                assert found.count(width) >= 2 * (lists + average), (word, width, found)
 
 
 # --- planted bugs -------------------------------------------------------------------------------------------------
@@ -395,3 +418,52 @@ def test_wrong_calls_are_refused():
     ):
         with pytest.raises(RuntimeError, match=words):
             call(*(dict(enumerate(right)) | changed).values())
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_on_a_gpu(mode):
+    if reason := _cuda.unavailable():
+        pytest.skip(reason)
+    modes._check_mode("adamw_", mode, "cuda", "cuda")
+    lists = {n: [t.cuda() for t in tensors] for n, tensors in make("adamw_", mode, "cpu", [(1 << 20,), (77,)]).items()}
+    with torch.cuda.stream(torch.cuda.Stream()):
+        one, two = (run("adamw_", lists, mode, "cuda") for _ in range(2))
+    torch.cuda.synchronize()
+    assert same_bits(one, two)
+
+
+@pytest.mark.gpu
+def test_remainders_and_skips_on_a_gpu():
+    if reason := _cuda.unavailable():
+        pytest.skip(reason)
+    modes._check_remainders("adamw_", "cuda", "cuda")
+    contract._check_skip("adamw_", "cuda", "cuda", MODES)
+    plain.test_numbers_may_be_tensors("cuda", "cuda")
+    plain.test_strides("cuda", "cuda")
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph():
+    """Numbers and the skip are read at every replay."""
+    if reason := _cuda.unavailable():
+        pytest.skip(reason)
+    lists = make("adamw_", RICH, "cuda", SHAPES)
+    numbers = {"step": torch.tensor(2.0, device="cuda"), "found_inf": torch.zeros((), device="cuda")}
+    seed, want = torch.tensor([11, 0], device="cuda"), clone(lists)
+    options = OPTIONS["adamw_"] | {"average_decay": 0.75, "backend": "cuda", "seed": seed}
+    ops.adamw_(**clone(lists), **numbers, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = ops.global_norm(lists["grads"], backend="cuda")
+        ops.adamw_(**lists, **numbers, **options)
+    for step, found in ((2, 0), (3, 1), (4, 0)):
+        numbers["step"].fill_(step), numbers["found_inf"].fill_(found)
+        graph.replay()
+        if not found:
+            ops.adamw_(**want, step=step, **options)
+        assert same_bits(lists, want)
+        torch.testing.assert_close(norm, ops.global_norm(lists["grads"], backend="reference"), rtol=1e-6, atol=0)

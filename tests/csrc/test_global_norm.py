@@ -6,6 +6,7 @@ from ctypes import c_int32
 import pytest
 import torch
 
+from fastlm.ops import _cuda
 from fastlm.ops.global_norm import OP, _reference, global_norm
 from fastlm.testing import assert_accurate, bands_intact, guarded, poison_empty
 from tests.csrc.host_library import (
@@ -196,3 +197,15 @@ def test_wrong_calls_are_refused():
         args = dict(enumerate([*where, torch.empty(3), torch.empty(())])) | changed
         with pytest.raises(RuntimeError, match=words):
             call(*args.values())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    if reason := _cuda.unavailable():
+        pytest.skip(reason)
+    shapes = [(1 << 24,), (70, 70), (3,), (1 << 20,), ()]
+    for dtypes in ((torch.float32,), (torch.bfloat16,), tuple(DTYPES)):
+        found = _tensors("cuda", dtypes, shapes)
+        one, two = (global_norm(found, backend="cuda") for _ in range(2))
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one.double(), _exact(found), rtol=1e-6, atol=0)
