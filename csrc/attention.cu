@@ -248,6 +248,7 @@ attention_fwd_kernel(GRID_CONSTANT(TensorMap) q_map, GRID_CONSTANT(TensorMap) k_
     const Barriers b{barriers, barriers + 1, barriers + 2, barriers + (2 + kStages), barriers + (2 + 2 * kStages),
                      barriers + (2 + 3 * kStages)};
     if (thread_id() == 0) {
+      for (const TensorMap* map : {&q_map, &k_map, &v_map, &o_map}) prefetch_tensor_map(*map);
       mbarrier_init(b.q_full, 1);
       mbarrier_init(b.q_empty, GROUPS);
       for (int i = 0; i < kStages; ++i) {

@@ -12,6 +12,7 @@ from fastlm.ops import _cuda
 from fastlm.ops.attention_reference import FROM_START, Call
 
 WIDTHS = (64, 128, 256)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def reason_against(call: Call) -> str | None:
@@ -21,7 +22,7 @@ def reason_against(call: Call) -> str | None:
         return f"its products take bfloat16 and float16, got {str(q.dtype)[6:]}"
     if q.shape[3] not in WIDTHS or v.shape[3] != q.shape[3]:
         return f"its heads are 64, 128 or 256 wide, those of v like those of q, got {q.shape[3]} and {v.shape[3]}"
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] != 9:
+    if q.device.type == "cuda" and torch.cuda.get_device_properties(q.device).major != 9:
         return "it is written for Hopper (compute capability 9.0)"
     for name in ("key_lengths", "bias", "distances", "sinks"):
         if getattr(call, name) is not None:
@@ -34,8 +35,7 @@ def reason_against(call: Call) -> str | None:
         return f"its softmax needs scale > 0, got {call.scale}"
     if max(q.shape[1], v.shape[1]) >= 2**30:
         return f"its queries and keys are fewer than 2^30, got {q.shape[1]} and {v.shape[1]}"
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in call[:3])
-    if wanted and importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON and torch.is_grad_enabled() and any(t.requires_grad for t in call[:3]):
         return "its backward is Triton's, which is not installed; `pip install 'fastlm[triton]'`"
     return None
 

@@ -7,7 +7,7 @@ from ctypes import c_int32
 import pytest
 import torch
 
-from fastlm.ops import attention, attention_cuda
+from fastlm.ops import _cuda, attention, attention_cuda
 from fastlm.ops.attention import OP
 from fastlm.ops.attention_options import make_call
 from fastlm.ops.attention_reference import reference
@@ -278,8 +278,12 @@ def test_dispatcher_and_compiled_calls():
         lambda *args: attention(*args, causal=True, backend="cuda"), fullgraph=True, dynamic=True, backend="aot_eager"
     )
     for T in (30, 41):
-        args = inputs(1, 20, T, 2, 1, 64)
-        assert torch.equal(compiled_call(*args), attention(*args, causal=True, backend="cuda"))
+        args = [x.requires_grad_() for x in inputs(1, 20, T, 2, 1, 64)]
+        found, want = compiled_call(*args), attention(*args, causal=True, backend="cuda")
+        dout = torch.randn_like(want)
+        for a, b in zip(*(torch.autograd.grad(o, args, dout) for o in (found, want))):
+            assert torch.equal(a, b)
+        assert torch.equal(found, want)
     with torch.autocast("cpu", dtype=BF16):
         wide = [x.detach().float() for x in (q, k, v)]
         assert torch.equal(attention(*wide, backend="cuda"), attention(q, k, v, backend="cuda"))
@@ -305,7 +309,7 @@ def test_what_it_does_not_take(monkeypatch):
         with pytest.raises(ValueError, match=words):
             attention(**{"q": q, "k": k, "v": v} | wrong, backend="cuda")
     assert "not measured" in OP._slower("cuda", q) and OP._slower("triton", q) is None  # auto passes over it
-    monkeypatch.setattr(attention_cuda.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention_cuda, "_HAS_TRITON", False)
     with pytest.raises(ValueError, match="its backward is Triton's, which is not installed"):
         attention(q.requires_grad_(), k, v, backend="cuda")
     function = torch.ops.fastlm_host.attention_fwd
@@ -316,3 +320,30 @@ def test_what_it_does_not_take(monkeypatch):
     ):
         with pytest.raises(RuntimeError, match=words):
             function(*(x.detach() for x in args), 8, 1.0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """Many tiles to a block and many blocks, which the host body has no time for; the same bits again, also from a CUDA graph."""
+    if reason := _cuda.unavailable():
+        pytest.skip(reason)
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("it is written for Hopper")
+    for width, dtype in ((64, BF16), (128, FP16), (256, BF16)):
+        for S, T in ((1, 1000), (777, 777), (2050, 1300), (1300, 2050)):
+            for causal in (False, True):
+                q, k, v = (x.cuda() for x in inputs(2, S, T, 16, 4, width, dtype))
+                found = attention(q, k, v, causal=causal, return_lse=True, backend="cuda")
+                exact = attention(*(x.double() for x in (q, k, v)), causal=causal, return_lse=True, backend="reference")
+                plain = attention(q, k, v, causal=causal, return_lse=True, backend="reference")
+                for name, f, e, p in zip(("o", "lse"), found, exact, plain):
+                    assert_accurate(f, e, p, name)
+                again = attention(q, k, v, causal=causal, return_lse=True, backend="cuda")
+                assert all(torch.equal(a, b) for a, b in zip(found, again))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention(q, k, v, causal=True, backend="cuda")
+    q.neg_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, attention(q, k, v, causal=True, backend="cuda"))
