@@ -4,8 +4,8 @@
 // goes; a block leaves one partial row of each, and a second kernel adds these up, in order: no atomics, the same bits every time.
 // While 16-bit rows are worked on the next ones are on their way.
 //
-// Rows wider than 8192 columns, or whose vectors do not begin at 16 bytes, take two kernels instead of the first: one finds the two
-// sums over each row, the other owns columns, walks over rows, and reads them again.
+// A block has rows of up to 8192 columns, a cluster up to 65536. Wider ones, and those whose vectors do not begin at 16 bytes, take two
+// kernels instead of the first: one finds the two sums over each row, the other owns columns, walks over rows, and reads them again.
 #pragma once
 
 #include "norm_rows.h"
@@ -20,9 +20,8 @@ constexpr int kColumnThreads = 256;  // of a block that owns columns
 template <int VEC, int HELD>
 DEVICE void leave_partial(const fastlm_norm_bwd& a, int which, float (&s)[HELD][VEC], const Place<VEC>& at) {
   const int columns = static_cast<int>(a.columns), first = static_cast<int>(at.first), step = static_cast<int>(at.step);
-  const Global<float> out = Global<float>(a.partial) + (static_cast<int64_t>(which) * grid_x() + block_x()) * a.columns;
-  const int rows = block_threads() / at.threads;
-  if (rows == 1) {
+  const Global<float> out = Global<float>(a.partial) + (static_cast<int64_t>(which) * at.parts() + at.part()) * a.columns;
+  if (at.rows == 1) {
 #pragma unroll
     for (int k = 0; k < HELD; ++k) {
       if (first + k * step < columns) write(out + (first + k * step), s[k]);
@@ -35,13 +34,13 @@ DEVICE void leave_partial(const fastlm_norm_bwd& a, int which, float (&s)[HELD][
   for (int k = 0; k < HELD; ++k) {
     if (first + k * step < columns) {
 #pragma unroll
-      for (int i = 0; i < VEC; ++i) all[thread_id() / at.threads * columns + first + k * step + i] = s[k][i];
+      for (int i = 0; i < VEC; ++i) all[at.slot * columns + first + k * step + i] = s[k][i];
     }
   }
   block_barrier();
   for (int column = thread_id(); column < columns; column += block_threads()) {
     float sum = 0;
-    for (int i = 0; i < rows; ++i) {
+    for (int i = 0; i < at.rows; ++i) {
       const float v = all[i * columns + column];
       sum += v;
     }
@@ -57,7 +56,8 @@ norm_bwd_kernel(const fastlm_norm_bwd a, int threads_per_row) {
   constexpr bool AHEAD = sizeof(X) + sizeof(R) == 4;  // wider rows leave no registers for it
   using Row = Held<X, VEC, HELD>;
   using SavedRow = Held<R, VEC, HELD>;
-  const Place<VEC> at(threads_per_row, 0);
+  const Place<VEC> at(threads_per_row);
+  meet_blocks(at.blocks);
   const int first = static_cast<int>(at.first), step = static_cast<int>(at.step);
   const auto column = [&](int k) { return first + k * step; };
   const auto columns_of = [&](int64_t row) { return row < a.rows ? static_cast<int>(a.columns) : 0; };
@@ -88,12 +88,12 @@ norm_bwd_kernel(const fastlm_norm_bwd a, int threads_per_row) {
     some_dy.load(row_of<X>(a.dy, row_start(a.dy_rows, row)), first, step, columns_of(row));
     some_x.load(row_of<R>(a.x, row_start(a.x_rows, row)), first, step, columns_of(row));
   };
-  const int64_t rows_per_block = block_threads() / at.threads, stride = grid_x() * rows_per_block;
+  const int64_t begin = static_cast<int64_t>(at.part()) * at.rows, stride = static_cast<int64_t>(at.parts()) * at.rows;
   int turn = 0;
-  if constexpr (AHEAD) load(block_x() * rows_per_block + at.row, next_dy, next_x);
+  if constexpr (AHEAD) load(begin + at.slot, next_dy, next_x);
   // All threads of a block go round as often, those of rows beyond the last too.
-  for (int64_t base = block_x() * rows_per_block; base < a.rows; base += stride) {
-    const int64_t row = base + at.row;
+  for (int64_t base = begin; base < a.rows; base += stride) {
+    const int64_t row = base + at.slot;
     const int columns = columns_of(row);
     if constexpr (AHEAD) {
       dy = next_dy, x = next_x;
@@ -130,7 +130,7 @@ norm_bwd_kernel(const fastlm_norm_bwd a, int threads_per_row) {
         }
       }
     }
-    row_sum(sums, at.threads, turn);
+    row_sum<true>(sums, at.threads, turn, base == begin);
     turn = 1 - turn;
     const float along = sums[0] / static_cast<float>(a.columns);
     const float centre = CENTRED ? sums[CENTRED] / static_cast<float>(a.columns) : 0.0f;
@@ -192,11 +192,11 @@ DEVICE uint32_t gradients_at(const fastlm_norm_bwd& a, int64_t row, int64_t colu
 
 // The means over a row of g * xhat and, `rows` further on, of g.
 template <class X, bool CENTRED>
-KERNEL(kMostThreads)
+KERNEL(kLoopThreads, 2)
 norm_bwd_sums_kernel(const fastlm_norm_bwd a, int threads_per_row) {
   constexpr int VEC = kWidth<X>;
-  const Place<VEC> at(threads_per_row, block_x());
-  const int64_t row = at.row, columns = row < a.rows ? a.columns : 0;
+  const Place<VEC> at(threads_per_row);
+  const int64_t row = at.row(), columns = row < a.rows ? a.columns : 0;
   const Global<const float> means(a.mean), rstds(a.rstd);
   float rstd = 0, mean = 0;
   if (columns) {
@@ -213,7 +213,7 @@ norm_bwd_sums_kernel(const fastlm_norm_bwd a, int threads_per_row) {
       if constexpr (CENTRED) sums[1] += g[i];
     }
   }
-  row_sum(sums, at.threads, 0);
+  row_sum<false>(sums, at.threads, 0, true);
   if (at.first == 0 && columns) {
     const Global<float> out(a.row_sums);
     out[row] = sums[0] / static_cast<float>(a.columns);
@@ -305,18 +305,19 @@ int start_total(const fastlm_norm_bwd& a, int parts, void* stream) {
 
 template <class X, class R, bool CENTRED>
 int start_rows(const fastlm_norm_bwd& a, void* stream) {
-  const int threads = threads_for(a.columns, kHeldElements, kRowThreads), block = maximum(threads, kBlockThreads);
-  const int64_t blocks = ceil_div<int64_t>(a.rows, block / threads);
-  // A multiprocessor has room for one block of rows of more than kBlockThreads.
-  const int most = threads > kBlockThreads ? ceil_div(a.parts, 2) : a.parts;
-  const int parts = static_cast<int>(minimum<int64_t>(blocks, most));
-  const int error = launch(norm_bwd_kernel<X, R, CENTRED>, Dim{parts}, block, 0, stream, a, threads);
+  const int threads = threads_for(a.columns, kHeldElements, kRowThreads * kMostBlocks);
+  const int block = minimum(maximum(threads, kBlockThreads), kRowThreads), cluster = maximum(1, threads / block);
+  const int64_t shares = ceil_div<int64_t>(a.rows, maximum(1, block / threads));
+  // A multiprocessor has room for two blocks of kBlockThreads, or one of twice as many.
+  const int64_t most = maximum<int64_t>(1, static_cast<int64_t>(a.parts) * kBlockThreads / (block * cluster));
+  const int parts = static_cast<int>(minimum(shares, most));
+  const int error = launch_cluster(norm_bwd_kernel<X, R, CENTRED>, Dim{parts * cluster}, cluster, block, 0, stream, a, threads);
   return error ? error : start_total(a, parts, stream);
 }
 
 template <class X, bool CENTRED>
 int start_columns(const fastlm_norm_bwd& a, void* stream) {
-  const int threads = threads_for(a.columns, kHeldElements, kMostThreads), block = maximum(threads, kBlockThreads);
+  const int threads = threads_for(a.columns, kHeldElements, kLoopThreads), block = maximum(threads, kBlockThreads);
   const Dim rows{static_cast<int>(ceil_div<int64_t>(a.rows, block / threads))};
   const int error = launch(norm_bwd_sums_kernel<X, CENTRED>, rows, block, 0, stream, a, threads);
   if (error) return error;
@@ -341,7 +342,7 @@ int norm_backward(const fastlm_norm_bwd& a, void* stream) {
   const bool vectors = a.columns % width == 0 && aligned(a.dy, a.dy_rows, width) && aligned(a.dsum, a.dsum_rows, width) &&
                        aligned(a.x, a.x_rows, width) && aligned(a.weight) && aligned(a.dx) && aligned(a.dresidual) &&
                        aligned(a.partial);
-  const bool held = vectors && a.columns <= kRowThreads * kHeldElements;
+  const bool held = vectors && a.columns <= most_blocks() * kRowThreads * kHeldElements;
   if (!vectors) return start_columns<Any, CENTRED>(a, stream);
   switch (a.dtype) {
     case FASTLM_FLOAT32: return start_backward<float, CENTRED>(a, held, stream);

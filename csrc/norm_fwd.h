@@ -1,5 +1,6 @@
-// The forward of rms_norm and layer_norm (CENTRED): a row is read once and stays in registers between its sums and its result. Of a
-// row wider than 16384 columns each thread reads its part again, from the cache; so it is where vectors do not begin at 16 bytes.
+// The forward of rms_norm and layer_norm (CENTRED): a row is read once and stays in registers between its sums and its result: of a
+// block up to 16384 columns, of a cluster of them up to 131072. Of a wider row each thread reads its part again, from the cache; so
+// it is where vectors do not begin at 16 bytes.
 #pragma once
 
 #include "norm_rows.h"
@@ -9,15 +10,15 @@ namespace {
 constexpr int kForwardThreads = 128;  // of a block, at least
 
 // 1 / sqrt(mean of squares + eps); the row's first thread writes it, and the mean.
-template <bool CENTRED, int VEC>
-DEVICE float rstd_of(const fastlm_norm& a, const Place<VEC>& at, float squares, float mean, int turn) {
+template <bool CENTRED, bool CLUSTERS, int VEC>
+DEVICE float rstd_of(const fastlm_norm& a, const Place<VEC>& at, int64_t row, float squares, float mean) {
   float sum[1] = {squares};
-  row_sum(sum, at.threads, turn);
+  row_sum<CLUSTERS>(sum, at.threads, 1, !CENTRED);
   const float rstd = 1.0f / sqrtf(sum[0] / static_cast<float>(a.columns) + a.eps);
-  if (at.first == 0 && at.row < a.rows) {
+  if (at.first == 0 && row < a.rows) {
     const Global<float> rstds(a.rstd), means(a.mean);
-    rstds[at.row] = rstd;
-    if constexpr (CENTRED) means[at.row] = mean;
+    rstds[row] = rstd;
+    if constexpr (CENTRED) means[row] = mean;
   }
   return rstd;
 }
@@ -26,8 +27,9 @@ template <class X, bool CENTRED>
 KERNEL(kMostThreads)
 norm_fwd_kernel(const fastlm_norm a, int threads_per_row) {
   constexpr int VEC = kWidth<X>, HELD = kHeldElements / VEC;
-  const Place<VEC> at(threads_per_row, block_x());
-  const int64_t row = at.row, out = row * a.columns;
+  const Place<VEC> at(threads_per_row);
+  meet_blocks(at.blocks);
+  const int64_t row = at.row(), out = row * a.columns;
   // A row beyond the last has no columns: its threads go along to the barriers.
   const int first = static_cast<int>(at.first), step = static_cast<int>(at.step);
   const int columns = row < a.rows ? static_cast<int>(a.columns) : 0;
@@ -72,7 +74,7 @@ norm_fwd_kernel(const fastlm_norm a, int threads_per_row) {
 #pragma unroll
       for (int i = 0; i < VEC; ++i) sum[0] += s[k][i];
     }
-    row_sum(sum, at.threads, 0);
+    row_sum<true>(sum, at.threads, 0, true);
     mean = sum[0] / static_cast<float>(a.columns);
   }
   float squares = 0;
@@ -86,7 +88,7 @@ norm_fwd_kernel(const fastlm_norm a, int threads_per_row) {
       }
     }
   }
-  const float rstd = rstd_of<CENTRED>(a, at, squares, mean, 1);
+  const float rstd = rstd_of<CENTRED, true>(a, at, row, squares, mean);
 
 #pragma unroll
   for (int k = 0; k < HELD; ++k) {
@@ -157,11 +159,11 @@ DEVICE void sum_again(const fastlm_norm& a, int64_t row, int64_t column, float (
 // Each thread merges the mean of what it reads and the squares about it, vector by vector (Chan, Golub and LeVeque 1983); the row's
 // mean then tells how far each thread's is from it.
 template <class X, bool CENTRED>
-KERNEL(kMostThreads)
+KERNEL(kLoopThreads, 2)
 norm_fwd_wide_kernel(const fastlm_norm a, int threads_per_row) {
   constexpr int VEC = kWidth<X>;
-  const Place<VEC> at(threads_per_row, block_x());
-  const int64_t row = at.row, columns = row < a.rows ? a.columns : 0;
+  const Place<VEC> at(threads_per_row);
+  const int64_t row = at.row(), columns = row < a.rows ? a.columns : 0;
   float s[VEC], count = 0, own = 0, squares = 0, mean = 0;
   for (int64_t column = at.first; column < columns; column += at.step) {
     sum_at<X>(a, row, column, s);
@@ -182,11 +184,11 @@ norm_fwd_wide_kernel(const fastlm_norm a, int threads_per_row) {
   }
   if constexpr (CENTRED) {
     float sum[1] = {own * count};
-    row_sum(sum, at.threads, 0);
+    row_sum<false>(sum, at.threads, 0, true);
     mean = sum[0] / static_cast<float>(a.columns);
     squares += (own - mean) * (own - mean) * count;
   }
-  const float rstd = rstd_of<CENTRED>(a, at, squares, mean, 1);
+  const float rstd = rstd_of<CENTRED, false>(a, at, row, squares, mean);
   for (int64_t column = at.first; column < columns; column += at.step) {
     sum_again<X>(a, row, column, s);
 #pragma unroll
@@ -216,11 +218,13 @@ norm_fwd_wide_kernel(const fastlm_norm a, int threads_per_row) {
 
 template <class X, bool CENTRED>
 int start_forward(const fastlm_norm& a, bool held, void* stream) {
-  const int threads = threads_for(a.columns, kHeldElements, kMostThreads);
-  const int block = maximum(threads, kForwardThreads);
-  const Dim grid{static_cast<int>(ceil_div<int64_t>(a.rows, block / threads))};
+  const int threads = threads_for(a.columns, kHeldElements, held ? kMostThreads * kMostBlocks : kLoopThreads);
+  const int block = minimum(maximum(threads, kForwardThreads), kMostThreads), cluster = maximum(1, threads / block);
+  const int64_t blocks = ceil_div<int64_t>(a.rows, maximum(1, block / threads)) * cluster;
+  if (blocks > 0x7fffffff) return kInvalidValue;
+  const Dim grid{static_cast<int>(blocks)};
   if constexpr (!std::is_same_v<X, Any>) {
-    if (held) return launch(norm_fwd_kernel<X, CENTRED>, grid, block, 0, stream, a, threads);
+    if (held) return launch_cluster(norm_fwd_kernel<X, CENTRED>, grid, cluster, block, 0, stream, a, threads);
   }
   return launch(norm_fwd_wide_kernel<X, CENTRED>, grid, block, 0, stream, a, threads);
 }
@@ -232,7 +236,7 @@ int norm_forward(const fastlm_norm& a, void* stream) {
   const int64_t width = a.x_dtype == FASTLM_FLOAT32 ? kWidth<float> : kWidth<bf16>;
   const bool vectors = a.columns % width == 0 && aligned(a.x, a.x_rows, width) && aligned(a.residual, a.residual_rows, width) &&
                        aligned(a.y) && aligned(a.residual_out) && aligned(a.weight) && aligned(a.bias);
-  const bool held = vectors && a.columns <= kMostThreads * kHeldElements;
+  const bool held = vectors && a.columns <= most_blocks() * kMostThreads * kHeldElements;
   if (!vectors) return start_forward<Any, CENTRED>(a, false, stream);
   switch (a.x_dtype) {
     case FASTLM_FLOAT32: return start_forward<float, CENTRED>(a, held, stream);

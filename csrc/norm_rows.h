@@ -1,17 +1,20 @@
 // What the kernels of rms_norm and layer_norm share, forward and backward: where rows lie, how threads share them, dropout.
 //
-// A power of two of threads owns a row: part of a warp, a warp, several warps, at most a block. Of a row that they can hold, each
-// of them reads its vectors of 16 bytes at once and keeps them.
+// A power of two of threads owns a row: part of a warp, a warp, several warps, a block, on Hopper and later a cluster of blocks.
+// Of a row that they can hold, each of them reads its vectors of 16 bytes at once and keeps them.
 #pragma once
 
-#include "device/device.h"
+#include "device/cluster.h"
 #include "norm.h"
 
 namespace {
 
 using namespace device;
 
-constexpr int kMostThreads = 1024;
+constexpr int kMostThreads = 1024;  // of a block
+constexpr int kMostBlocks = 8;  // of a cluster
+// Of a row that is read in a loop, at most; their kernels say that two such blocks fit, or ptxas would spill to fit a third.
+constexpr int kLoopThreads = 512;
 constexpr int kHeldElements = 16;  // of a row, in the registers of a thread
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
@@ -98,17 +101,26 @@ DEVICE void write(Global<T> p, float (&s)[N], Where at = Where::current()) {
   }
 }
 
-// The row of this thread, and which of its columns are this thread's: vectors of VEC from `first` on, `step` columns apart.
+// Which rows this block takes, which of them is this thread's, and which of its columns: vectors of VEC from `first` on, `step`
+// columns apart.
 template <int VEC>
 struct Place {
-  int threads;  // of a row
-  int64_t row, first, step;
+  int threads, blocks;  // of a row
+  int rows;             // of a block, side by side
+  int slot;             // the thread's among them
+  int64_t first, step;
 
-  DEVICE Place(int threads_per_row, int64_t block)
+  DEVICE explicit Place(int threads_per_row)
       : threads(threads_per_row),
-        row(block * (block_threads() / threads) + thread_id() / threads),
-        first(static_cast<int64_t>(thread_id() & (threads - 1)) * VEC),
+        blocks(maximum(1, threads / block_threads())),
+        rows(maximum(1, block_threads() / threads)),
+        slot(thread_id() / threads),
+        first(static_cast<int64_t>(blocks > 1 ? cluster_rank() * block_threads() + thread_id() : thread_id() & (threads - 1)) * VEC),
         step(static_cast<int64_t>(threads) * VEC) {}
+
+  DEVICE int part() const { return block_x() / blocks; }  // this block's, or cluster's, share of the rows
+  DEVICE int parts() const { return grid_x() / blocks; }
+  DEVICE int64_t row() const { return static_cast<int64_t>(part()) * rows + slot; }  // where each takes rows but once
 };
 
 // What a thread keeps of a row, as it lies in memory: HELD vectors. All are on their way before the first is waited for. In words:
@@ -147,10 +159,16 @@ struct Held {
   }
 };
 
+// Early in a kernel whose rows may have clusters: tells the other blocks that this one has begun.
+DEVICE void meet_blocks(int blocks, Where at = Where::current()) {
+  if (blocks > 1) cluster_arrive_relaxed(at);
+}
+
 // v summed over the threads of each row, in all of them, the same bits. All threads of the block call it. Where a row has more
-// than a warp it takes one barrier, and `turn` must be 0 and 1 in turns.
-template <int N>
-DEVICE void row_sum(float (&v)[N], int threads, int turn, Where at = Where::current()) {
+// than a warp it takes one barrier, and `turn` must be 0 and 1 in turns. CLUSTERS: whether a row may have several blocks; `first`
+// says that this is the first sum after meet_blocks.
+template <bool CLUSTERS, int N>
+DEVICE void row_sum(float (&v)[N], int threads, int turn, bool first, Where at = Where::current()) {
 #pragma unroll
   for (int bits = 16; bits > 0; bits /= 2) {
     if (bits < threads) {
@@ -159,17 +177,36 @@ DEVICE void row_sum(float (&v)[N], int threads, int turn, Where at = Where::curr
     }
   }
   if (threads <= 32) return;
-  constexpr int kWarps = kMostThreads / 32;
-  SHARED_ARRAY(float, partial, 2 * N * kWarps);
-  const Shared<float> here = partial + turn * N * kWarps;
+  constexpr int kWarps = kMostThreads / 32, kTable = CLUSTERS ? kMostBlocks * kWarps : kWarps;
+  SHARED_ARRAY(float, partial, 2 * N * kTable);
+  const Shared<float> here = partial + turn * N * kTable;
+  if (CLUSTERS && threads > block_threads()) {  // each warp tells every block
+    if (first) cluster_wait(at);
+    if (lane_id() < threads / block_threads()) {
+      const Shared<float> there = cluster_pointer(here, lane_id(), at) + (cluster_rank() * block_warps() + warp_id());
+#pragma unroll
+      for (int i = 0; i < N; ++i) there[i * kTable] = v[i];
+    }
+    cluster_barrier(at);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      v[i] = 0;
+      for (int from = lane_id(); from < threads / 32; from += 32) {
+        const float of_warp = here[i * kTable + from];
+        v[i] += of_warp;
+      }
+      v[i] = warp_sum(v[i], at);
+    }
+    return;
+  }
   if (lane_id() == 0) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) here[i * kWarps + warp_id()] = v[i];
+    for (int i = 0; i < N; ++i) here[i * kTable + warp_id()] = v[i];
   }
   block_barrier(at);
   const int warps = threads / 32, from = (warp_id() & ~(warps - 1)) + (lane_id() & (warps - 1));
 #pragma unroll
-  for (int i = 0; i < N; ++i) v[i] = here[i * kWarps + from];
+  for (int i = 0; i < N; ++i) v[i] = here[i * kTable + from];
 #pragma unroll
   for (int bits = kWarps / 2; bits > 0; bits /= 2) {
     if (bits < warps) {
@@ -220,6 +257,8 @@ int threads_for(int64_t columns, int64_t each, int most) {
   while (threads < most && threads * each < columns) threads *= 2;
   return threads;
 }
+
+int most_blocks() { return minimum(kMostBlocks, most_cluster_blocks()); }
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 

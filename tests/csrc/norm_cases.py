@@ -16,8 +16,8 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 EPS, P, SEED = 1e-5, 0.3, torch.tensor([11, 5])
 HEADERS = ("norm_bwd.h", "norm_fwd.h", "norm_rows.h")
 
-# Rows of part of a warp (of 4, 8 or 64 threads' share: blocks of 64, 128 and 4 rows), of several warps, too wide for registers in
-# the backward, and in both; and those that are read element by element.
+# Rows of part of a warp (of 2, 4 and 32 threads), of several warps, of a block; too wide for a block in the backward, and in
+# both: those of a cluster, or without clusters read again; and those that are read element by element.
 SHAPES = {
     "few": (150, 24), "part": (5, 40), "warp": (9, 512), "warps": (3, 1032), "block": (2, 4104), "wide_backward": (3, 8200),
     "wide": (1, 16392), "odd": (5, 37), "odd_warps": (2, 1231), "one": (3, 1),
@@ -200,10 +200,24 @@ class KernelTests:
         check(lib, x, own, p=P)
         check(lib, x, own.float(), None, residual.float(), p=P)
 
+    @pytest.mark.parametrize("shape", ((3, 8200), (1, 16392)), ids=str)
+    def test_wide_rows_of_a_gpu_without_clusters(self, lib, shape):
+        with lib.without_clusters():
+            self.kernels.check(lib, shape)
+
+    def test_more_rows_than_clusters(self, lib):
+        for dtype in (FP32, BF16):
+            x, dy = (random((5, 8200), dtype, "cpu", 1.0) for _ in range(2))
+            self.kernels.check_backward(lib, dy, x, random((8200,), dtype, "cpu"), orders=dtype is BF16, parts=8)
+
     # Held in registers, by elements, and by columns.
     @pytest.mark.parametrize("dtype", (FP32, BF16, FP16), ids=str)
     @pytest.mark.parametrize("shape", ((70, 40), (5, 37), (2, 8200)), ids=str)
     def test_features_of_the_backward(self, lib, dtype, shape):
+        with lib.without_clusters():
+            self.features_of_the_backward(lib, dtype, shape)
+
+    def features_of_the_backward(self, lib, dtype, shape):
         x, dy, dsum = (random(shape, dtype, "cpu", mean) for mean in (1.0, 0.5, 0.0))
         weight, check = self.kernels.parameters(shape[-1], dtype)[0], self.kernels.check_backward
         check(lib, dy, x, need=(False, False))
@@ -267,9 +281,12 @@ class KernelTests:
         kernels.check_backward(
             lib, x, random((5, 40), FP32, "cpu"), dsum=fused[:, :2, :40].flatten(0, 1)[:5], p=P, has_residual=True
         )
-        kernels.check_backward(lib, *(random((3, 8196), FP32, "cpu") for _ in range(2)))
-        wide = random((2, 1, 16388), FP32, "cpu", 1.0)
-        kernels.check_forward(lib, wide[0], None, None, wide[1])
+        wide, wider = random((2, 5, 8196), FP32, "cpu", 1.0), random((2, 1, 16388), FP32, "cpu", 1.0)
+        kernels.check_backward(lib, *wide, orders=True, parts=4)
+        kernels.check_forward(lib, wider[0], orders=True)
+        with lib.without_clusters():
+            kernels.check_backward(lib, wide[0, :3], wide[1, :3])
+            kernels.check_forward(lib, wider[0], None, None, wider[1])
 
     # --- as a backend of the op -----------------------------------------------------------------------------------
 

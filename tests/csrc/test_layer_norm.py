@@ -1,5 +1,7 @@
 """csrc/layer_norm.cu on the host body of the device layer, against the formula and the reference of the op."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ BUGS = {
     "no centre": ("- centre - xhat_at(k, i) * along", "- xhat_at(k, i) * along"),
     "the last mean": ("own += (here - own) * part;", "own = here;"),
     "between the threads": ("squares += (own - mean) * (own - mean) * count;", ""),
-    "one partial row": ("static_cast<int64_t>(which) * grid_x() + block_x()", "static_cast<int64_t>(which) * grid_x()"),
+    "one partial row": ("static_cast<int64_t>(which) * at.parts() + at.part()", "static_cast<int64_t>(which) * at.parts()"),
     "no barrier": ("block_barrier();  // a call before this one may still be read from", ""),
     "the other sum": ("row_sums[a.rows + row]", "row_sums[row]"),
     "a part is left out": ("part < parts; part += kWarps", "part < parts - 1; part += kWarps"),
@@ -35,12 +37,15 @@ class TestLayerNorm(KernelTests):
         with pytest.raises((AssertionError, HostError)):
             self.sees(with_bug[name])
 
-    # Of part of a warp, of several warps, too wide for registers, by elements.
-    @pytest.mark.parametrize("columns", (40, 1032, 16392, 1231))
-    def test_a_mean_far_from_zero_costs_no_digits(self, lib, columns):
+    # Of part of a warp, of several warps, of a cluster, too wide for registers, by elements.
+    @pytest.mark.parametrize(
+        "columns, clusters", ((40, True), (1032, True), (16392, True), (16392, False), (1231, True))
+    )
+    def test_a_mean_far_from_zero_costs_no_digits(self, lib, columns, clusters):
         """One pass over x and x^2 would leave nothing of a variance of 1 beside a mean of 10000."""
         x = 1e4 + torch.randn(2, columns)
-        _, _, mean, rstd = self.kernels.forward(lib, x)
+        with nullcontext() if clusters else lib.without_clusters():
+            _, _, mean, rstd = self.kernels.forward(lib, x)
         wanted = self.kernels.statistics(x)
         torch.testing.assert_close(mean.double(), wanted[0], rtol=3e-7, atol=0)
         torch.testing.assert_close(rstd.double(), wanted[1], rtol=1e-5, atol=0)

@@ -9,14 +9,16 @@ pytestmark = needs_compiler
 KERNELS = Kernels("rms_norm")
 
 BUGS = {
-    "mean": ("sum[0] / static_cast<float>(a.columns) + a.eps", "sum[0] / static_cast<float>(a.columns + VEC) + a.eps"),
     "strides": ("r / inner * at.outer_stride", "r / inner * at.inner_stride"),
     "dropped rows": ("static_cast<uint32_t>(row), 0,", "0, 0,"),
     "tail": ("if (column(k) < columns) write(row_of<X>(a.y", "if (column(k) + VEC < columns) write(row_of<X>(a.y"),
     "reread": ("read(Global<const R>(row_of<R>(a.residual_out,", "read(Global<const R>(row_of<R>(a.residual,"),
     "alignment": ("aligned(a.x, a.x_rows, width) && aligned(a.residual,", "aligned(a.residual,"),
-    "one table": ("partial + turn * N * kWarps", "partial + 0 * turn"),
+    "one table": ("partial + turn * N * kTable", "partial + 0 * turn"),
     "no barrier": ("block_barrier(at);\n  const int warps", "const int warps"),
+    "no cluster barrier": ("cluster_barrier(at);", ""),
+    "a block that has not begun": ("if (first) cluster_wait(at);", ""),
+    "its own table": ("cluster_pointer(here, lane_id(), at)", "cluster_pointer(here, cluster_rank(), at)"),
 }
 
 
