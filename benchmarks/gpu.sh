@@ -112,7 +112,7 @@ check() {
 conform() {
   local arguments=()
   [ $dry = 1 ] && arguments=(--dry)
-  timeout --signal=INT --kill-after=5 120 "$python" -m tests.csrc.conformance "${arguments[@]}" >"$out/conformance.txt" 2>&1 &
+  timeout --signal=INT --kill-after=5 150 "$python" -m tests.csrc.conformance "${arguments[@]}" >"$out/conformance.txt" 2>&1 &
   job=$!
   wait "$job"
   say "conformance: exit status $? ($SECONDS s): $(tail -n 1 "$out/conformance.txt" | cut -c1-160)"

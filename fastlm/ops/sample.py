@@ -25,13 +25,13 @@ def _noise(seed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """[rows, columns]: of token t in row r word t % 4 of Philox at (t // 4, r, _STREAM, offset)."""
     group = torch.arange(-(-columns // 4), device=seed.device)[None]
     row = torch.arange(rows, device=seed.device)[:, None]
-    words = torch.stack(philox(seed[0], group, row, seed.new_tensor(_STREAM), seed[1]), -1)
+    words = torch.stack(philox(seed[0], group, row, seed.new_full((), _STREAM), seed[1]), -1)
     return _gumbel(words.flatten(1)[:, :columns], dtype)
 
 
 def _noise_of(seed: Tensor, row: Tensor, token: Tensor, dtype: torch.dtype) -> Tensor:
     """The same for some tokens."""
-    words = torch.stack(philox(seed[0], token // 4, row, seed.new_tensor(_STREAM), seed[1]))
+    words = torch.stack(philox(seed[0], token // 4, row, seed.new_full((), _STREAM), seed[1]))
     return _gumbel(words.gather(0, token[None] % 4)[0], dtype)
 
 

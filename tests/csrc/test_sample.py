@@ -234,6 +234,9 @@ class TestThroughTheOp:
                 torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")(x, top_p), call(x, top_p)
             ):
                 torch.testing.assert_close(got, want)
+        ours, theirs = (getattr(torch.ops, space).sample.default._schema for space in ("fastlm", "fastlm_host"))
+        assert [(a.name, str(a.type)) for a in ours.arguments][:-1] == [(a.name, str(a.type)) for a in theirs.arguments]
+        assert [str(r.type) for r in ours.returns] == [str(r.type) for r in theirs.returns]
         for x in (torch.randn(4, 40), torch.randn(4, 40, requires_grad=True)):
             args = (x, None, None, torch.full((4,), 0.5), None, SEED, 1.0, 0, 1.0, 0.0, True, "cuda")
             torch.library.opcheck(torch.ops.fastlm.sample.default, args)
