@@ -68,6 +68,7 @@ DEVICE int load_zero(const fastlm_linear& a, int64_t index, Where at = Where::cu
 
 // Where a row of x, one of a few, begins.
 DEVICE int64_t row_start(const fastlm_rows& at, int row) {
+  if (at.inner == 1) return row * at.outer_stride;
   const int inner = static_cast<int>(minimum<int64_t>(at.inner, kRows));
   return row / inner * at.outer_stride + row % inner * at.inner_stride;
 }
@@ -138,8 +139,9 @@ DEVICE int piece_column(int piece, int half, int group_size) {
   const int q = piece / 4, t = piece % 4;
   const int word = BITS == 8 ? 2 * q + half : q;
   const int byte = GROUPS == Groups::small ? 16 * word + 4 * t : 16 * t + 4 * word;
-  const int bytes = group_size / 2;  // of a group of int4
-  return BITS == 16 ? 8 * t + 4 * half : BITS == 8 ? byte : byte / bytes * group_size + byte % bytes + half * bytes;
+  const int shift = GROUPS == Groups::wide ? 6 : group_size == 32 ? 4 : 5;  // of the bytes of a group of int4
+  const int of_group = byte & ((1 << shift) - 1);
+  return BITS == 16 ? 8 * t + 4 * half : BITS == 8 ? byte : (byte >> shift << (shift + 1)) + of_group + (half << shift);
 }
 
 template <class X, int BITS, Groups GROUPS>
@@ -148,11 +150,17 @@ struct XStore {
   const fastlm_linear& a;
   Shared<X> to;
   int pitch, first_step, pieces;
+  uint32_t inverse;  // of pieces, times 2^32, rounded up: exact where products stay below 2^32, as those of shared memory do
 
-  // The four numbers of a half of piece i, and zeros past the end of the row. IN_VECTORS: the row goes on, and is aligned to 8 bytes.
+  DEVICE XStore(const fastlm_linear& args, Shared<X> place, int elements, int first, int steps)
+      : a(args), to(place), pitch(elements), first_step(first), pieces(steps * PIECES), inverse(0xffffffffu / maximum(pieces, 2) + 1) {}
+
+  // The row of piece i, all counted through.
+  DEVICE int row_of(int i) const { return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(i)) * inverse >> 32); }
+
+  // The four numbers of a half of a piece of a row, and zeros past the end of the row. IN_VECTORS: the row goes on, and is aligned to 8 bytes.
   template <bool IN_VECTORS>
-  DEVICE Vector<X, 4> read(int i, int half) const {
-    const int row = i / pieces, piece = i - row * pieces;
+  DEVICE Vector<X, 4> read(int row, int piece, int half) const {
     const int column = (first_step + piece / PIECES) * kStepColumns<BITS> + piece_column<BITS, GROUPS>(piece % PIECES, half, a.group_size);
     const Global<const X> x = Global<const X>(static_cast<const X*>(a.x)) + row_start(a.x_rows, row) + column;
     Vector<X, 4> v;
@@ -168,8 +176,7 @@ struct XStore {
     return v;
   }
 
-  DEVICE void write(int i, const Vector<X, 4> (&halves)[2]) const {
-    const int row = i / pieces, piece = i - row * pieces;
+  DEVICE void write(int row, int piece, const Vector<X, 4> (&halves)[2]) const {
     Vector<X, 8> out;
 #pragma unroll
     for (int j = 0; j < 8; ++j) out[BITS == 4 ? j / 4 * 4 + j % 4 / 2 + j % 2 * 2 : j] = halves[j / 4][j % 4];  // as `unpack` pairs them
@@ -184,12 +191,13 @@ struct XStore {
       Vector<X, 4> halves[AT_ONCE][2];
 #pragma unroll
       for (int u = 0; u < AT_ONCE; ++u) {
-        const int at = i + u * block_threads();
-        if (at < all) halves[u][0] = read<IN_VECTORS>(at, 0), halves[u][1] = read<IN_VECTORS>(at, 1);
+        const int at = i + u * block_threads(), row = row_of(at), piece = at - row * pieces;
+        if (at < all) halves[u][0] = read<IN_VECTORS>(row, piece, 0), halves[u][1] = read<IN_VECTORS>(row, piece, 1);
       }
 #pragma unroll
       for (int u = 0; u < AT_ONCE; ++u) {
-        if (i + u * block_threads() < all) write(i + u * block_threads(), halves[u]);
+        const int at = i + u * block_threads(), row = row_of(at), piece = at - row * pieces;
+        if (at < all) write(row, piece, halves[u]);
       }
     }
   }
@@ -326,7 +334,7 @@ few_rows_kernel(const fastlm_linear a, int tiles, int units, int share, bool x_v
   Fetched ahead[kDepth];
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) w.fetch(begin + d, end, ahead[d]);
-  const XStore<X, BITS, GROUPS> store{a, x, pitch, first, (last - first) * (kStepColumns<BITS> / 8)};
+  const XStore<X, BITS, GROUPS> store(a, x, pitch, first, last - first);
   if (x_vectors && static_cast<int64_t>(last) * kStepColumns<BITS> <= a.columns) {
     store.template run<true, 4>();
   } else {
@@ -376,15 +384,15 @@ constexpr int kCombineThreads = 128;
 template <class X>
 KERNEL(kCombineThreads)
 combine_kernel(const fastlm_linear a) {
-  const int64_t size = a.rows * a.outputs, i = static_cast<int64_t>(block_x()) * kCombineThreads + thread_id();
-  if (i >= size) return;
+  const int64_t n = static_cast<int64_t>(block_x()) * kCombineThreads + thread_id(), i = block_y() * a.outputs + n;
+  if (n >= a.outputs) return;
   const Global<const float> partial(a.partial);
   float sum = 0;
   for (int s = 0; s < a.splits; ++s) {
-    const float of_split = partial[s * size + i];
+    const float of_split = partial[s * a.rows * a.outputs + i];
     sum += of_split;
   }
-  if (a.bias) sum += value_of(load_raw(a.bias, a.bias_dtype, i % a.outputs), a.bias_dtype);
+  if (a.bias) sum += value_of(load_raw(a.bias, a.bias_dtype, n), a.bias_dtype);
   const Global<X> y(static_cast<X*>(a.y));
   y[i] = from_float<X>(sum);
 }
@@ -394,20 +402,31 @@ combine_kernel(const fastlm_linear a) {
 constexpr int kPlainWarps = 4;
 constexpr int kPlainRows = 2;  // of W of a warp
 
-// A warp to kPlainRows rows of W. VECTORS: 16 bytes of each at a time, else one weight (two of 4 bits).
+// Bytes of W that a lane reads at a time: VECTORS, 16 of fp32 or eight codes (more are unrolled into code that spills); else one
+// weight, two of 4 bits.
+template <int BITS, bool VECTORS>
+constexpr int kPlainUnit = VECTORS ? minimum(BITS, 16) : maximum(BITS / 8, 1);
+
+// A warp to kPlainRows rows of W, of so many units.
 template <class X, int BITS, bool VECTORS>
 KERNEL(32 * kPlainWarps)
-plain_kernel(const fastlm_linear a, int64_t row_bytes) {
-  constexpr int UNIT = VECTORS ? 16 : BITS == 32 ? 4 : BITS == 16 ? 2 : 1;  // bytes
-  constexpr int RUN = VECTORS ? 4 : 1;                                      // columns that follow each other
+plain_kernel(const fastlm_linear a, int units) {
+  constexpr int UNIT = kPlainUnit<BITS, VECTORS>;
+  constexpr int RUN = VECTORS ? 4 : 1;  // columns that follow each other
   constexpr int RUNS = UNIT * 8 / (BITS * RUN);
   const int64_t first_row = (static_cast<int64_t>(block_x()) * kPlainWarps + warp_id()) * kPlainRows;
+  SHARED_ARRAY(int64_t, starts, kRows);  // of the rows of x: too many for registers
+  if (thread_id() < a.rows) starts[thread_id()] = row_start(a.x_rows, thread_id());
+  block_barrier();
   if (first_row >= a.outputs) return;  // a whole warp
-  const int64_t groups = a.group_size ? ceil_div<int64_t>(a.columns, a.group_size) : 1;
-  const int group_bytes = a.group_size * BITS / 8;
+  int group_shift = 31;                // of a unit's number
+  if (a.group_size) {
+    for (group_shift = 0; UNIT << group_shift < a.group_size * BITS / 8;) ++group_shift;
+  }
+  const int columns = static_cast<int>(a.columns), groups = ((units - 1) >> group_shift) + 1;
   float sum[kPlainRows][kRows] = {};
-  for (int64_t unit = lane_id(); unit < row_bytes / UNIT; unit += 32) {
-    const int64_t byte = unit * UNIT, group = a.group_size ? byte / group_bytes : 0;
+  for (int unit = lane_id(); unit < units; unit += 32) {
+    const int group = unit >> group_shift;
     Vector<uint8_t, UNIT> w[kPlainRows];
     float scale[kPlainRows];
     int zero[kPlainRows];
@@ -415,7 +434,7 @@ plain_kernel(const fastlm_linear a, int64_t row_bytes) {
     for (int r = 0; r < kPlainRows; ++r) {
       const int64_t row = minimum(first_row + r, a.outputs - 1);
       w[r] = load_vector<UNIT, Cache::streaming>(Global<const uint8_t>(static_cast<const uint8_t*>(a.weight)) +
-                                                 (row * a.weight_stride + byte));
+                                                 (row * a.weight_stride + int64_t{UNIT} * unit));
       scale[r] = 1, zero[r] = 0;
       if constexpr (BITS < 16) {
         scale[r] = value_of(load_raw(a.scale, a.scale_dtype, row * groups + group), a.scale_dtype);
@@ -424,11 +443,11 @@ plain_kernel(const fastlm_linear a, int64_t row_bytes) {
     }
 #pragma unroll
     for (int i = 0; i < RUNS; ++i) {
-      int64_t column = byte * 8 / BITS + i * RUN;
       int at = i * RUN * BITS / 8;  // byte of the unit
-      if constexpr (BITS == 4) {    // the low halves of the unit's bytes, then the high ones
+      int column = (unit * RUNS + i) * RUN;
+      if constexpr (BITS == 4) {  // the low halves of the unit's bytes, then the high ones
         at = i % (RUNS / 2) * RUN;
-        column = group * a.group_size + (byte - group * group_bytes) + at + (i >= RUNS / 2 ? group_bytes : 0);
+        column = group * a.group_size + (unit - (group << group_shift)) * UNIT + at + (i >= RUNS / 2 ? a.group_size / 2 : 0);
       }
       float weights[kPlainRows][RUN];
 #pragma unroll
@@ -448,11 +467,12 @@ plain_kernel(const fastlm_linear a, int64_t row_bytes) {
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
         if (m >= a.rows) break;
-        const Global<const X> x = Global<const X>(static_cast<const X*>(a.x)) + row_start(a.x_rows, m);
+        const int64_t start = starts[m];
+        const Global<const X> x = Global<const X>(static_cast<const X*>(a.x)) + (start + column);
 #pragma unroll
         for (int j = 0; j < RUN; ++j) {
-          if (column + j >= a.columns) break;
-          const float v = to_float(load_vector<1>(x + (column + j))[0]);
+          if (column + j >= columns) break;
+          const float v = to_float(load_vector<1>(x + j)[0]);
 #pragma unroll
           for (int r = 0; r < kPlainRows; ++r) sum[r][m] += v * weights[r][j];
         }
@@ -520,7 +540,7 @@ int start_tiles(const fastlm_linear& a, void* stream) {
   const int error = launch(few_rows_kernel<X, BITS, GROUPS>, grid, 32 * kWarps, shared, stream, a, tiles,
                            static_cast<int>(row_bytes(a) / 16), share, vectors);
   if (error || a.splits == 1) return error;
-  const Dim all{static_cast<int>(ceil_div<int64_t>(a.rows * a.outputs, kCombineThreads))};
+  const Dim all{static_cast<int>(ceil_div<int64_t>(a.outputs, kCombineThreads)), static_cast<int>(a.rows)};
   return launch(combine_kernel<X>, all, kCombineThreads, 0, stream, a);
 }
 
@@ -528,7 +548,7 @@ template <class X, int BITS, bool VECTORS>
 int start_plain(const fastlm_linear& a, void* stream) {
   if (a.splits != 1) return kInvalidValue;
   const Dim grid{static_cast<int>(ceil_div<int64_t>(a.outputs, kPlainWarps * kPlainRows))};
-  return launch(plain_kernel<X, BITS, VECTORS>, grid, 32 * kPlainWarps, 0, stream, a, row_bytes(a));
+  return launch(plain_kernel<X, BITS, VECTORS>, grid, 32 * kPlainWarps, 0, stream, a, static_cast<int>(row_bytes(a) / kPlainUnit<BITS, VECTORS>));
 }
 
 inline bool in_range(const fastlm_linear& a) {
