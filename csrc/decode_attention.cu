@@ -634,13 +634,21 @@ extern "C" int fastlm_decode_attention_blocks(const fastlm_decode_attention* arg
 }
 
 extern "C" int fastlm_decode_attention_splits(int64_t blocks, int64_t most, int64_t slots) {
+  struct Asked {
+    int64_t blocks, most, slots;
+    bool operator==(const Asked&) const = default;
+  };
+  static thread_local Asked last{};  // every layer asks the same: the search takes microseconds
+  static thread_local int answer = 1;
+  const Asked asked{blocks, most, slots};
+  if (asked == last) return answer;
   const auto filled = [&](int64_t n) {
     return static_cast<double>(blocks * n) / static_cast<double>(ceil_div(blocks * n, slots) * slots);
   };
   double best = 0;
   for (int64_t n = 1; n <= most; ++n) best = maximum(best, filled(n));
-  for (int64_t n = 1; n <= most; ++n) {
-    if (filled(n) >= 0.9 * best) return static_cast<int>(n);
-  }
-  return 1;
+  answer = 1;
+  while (answer < most && filled(answer) < 0.9 * best) ++answer;
+  last = asked;
+  return answer;
 }

@@ -96,9 +96,9 @@ Two decode_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, cons
   args.o = o.mutable_data_ptr();
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   for (int i = 0; i < 3; ++i) args.q_strides[i] = queries.stride(i);
-  for (int i = 0; i < 4; ++i) {
-    args.k_strides[i] = k.stride(i);
-    args.v_strides[i] = v.stride(i);
+  for (int i = 0; i < 4; ++i) {  // those of dimensions of one element may be anything
+    args.k_strides[i] = k.size(i) > 1 ? k.stride(i) : i == 3;
+    args.v_strides[i] = v.size(i) > 1 ? v.stride(i) : i == 3;
   }
   args.table_stride = table ? table->stride(0) : 0;
   args.pages = k.size(0);
