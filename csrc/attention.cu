@@ -191,8 +191,7 @@ DEVICE void consume(const TensorMap& o_map, const Problem& p, const Barriers& b,
         release(b.k_empty, n + 1);
         mask(i);
         softmax_step(s, top, total, factor, p.scale_log2);
-        computed_here(s);  // not after the waits
-        if (i > 0) wait_for_keys(n + 2);
+        if (i > 0) wait_for_keys(n + 2);  // here: ptxas would move the next wait up to the last one, but not over a loop
         wgmma_wait<0>(o);
         release(b.v_empty, n);
 #pragma unroll

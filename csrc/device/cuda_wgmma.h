@@ -41,10 +41,6 @@ DEVICE void wgmma_fence_registers(T (&d)[M], Where) {
     }
   }
 }
-template <int M>
-DEVICE void computed_here(float (&d)[M]) {
-  wgmma_fence_registers(d, {});
-}
 DEVICE void wgmma_fence_all() { FASTLM_WGMMA_ASM("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit(Where = {}) { FASTLM_WGMMA_ASM("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N>

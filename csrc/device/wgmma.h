@@ -14,8 +14,6 @@
 //   wgmma_wait<N>(d, ...)           until all but the last N groups are done. Names the accumulators (up to two) that may be
 //                                   touched from now on, or the compiler would move their use up. Until then neither they nor
 //                                   fragments may be read or written, nor operands in shared memory be written
-//   computed_here(d)                what d holds is computed before what follows: so the compiler leaves arithmetic before a wait that
-//                                   products are to overlap with. No instruction
 //   has_wgmma()                     whether the current GPU has it: for launchers, on the CPU. kWgmma says it of the
 //                                   architecture compiled for: if constexpr (kWgmma) around the body of a kernel template
 //   pack_rounded<T>(low, high)      two floats rounded to T in one register, as fragments hold them

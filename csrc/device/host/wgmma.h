@@ -276,8 +276,6 @@ inline void wgmma_fence_registers(T (&registers)[M], const Where& at) {
   issuer.fenced.push_back({begin, std::vector<uint32_t>(begin, begin + M)});
 }
 inline void wgmma_fence_all() {}
-template <int M>
-inline void computed_here(float (&)[M]) {}
 
 // Until all groups of this thread but the last N are done. Its fragments are free then.
 template <int N>
