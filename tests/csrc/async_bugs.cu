@@ -2,6 +2,7 @@
 // name (or names) is one that a report may show. Most would give right results on most days on a GPU.
 
 #include "device/async.h"
+#include "device/cluster.h"
 
 using namespace device;
 
@@ -139,6 +140,14 @@ KERNEL(32) global_fence_kernel(GRID_CONSTANT(TensorMap), Global<bf16> y) {
   mbarrier_wait(full, 0);
 }
 
+KERNEL(32) other_block_kernel(Global<bf16>) {
+  SHARED_ARRAY(Mbarrier, full, 1);
+  if (thread_id() == 0) mbarrier_init(full, 1);
+  cluster_barrier();
+  if (thread_id() == 0) mbarrier_arrive(cluster_pointer(full, 1 - cluster_rank()));  // BUG other_block
+  cluster_barrier();
+}
+
 // What other blocks wrote, without a proxy fence on either side.
 KERNEL(32) relay_kernel(Global<float> y, Global<unsigned> counter) {
   SHARED_ARRAY(Mbarrier, full, 1);
@@ -263,6 +272,7 @@ SMALL(registers, 256)
 SMALL(registers_for_ever, 384)
 SMALL(one_warp, 128)
 int relay(float* y, unsigned* counter, void* stream) { return launch(relay_kernel, Dim{4}, 32, 0, stream, y, counter); }
+int other_block(bf16* y, void* stream) { return launch_cluster(other_block_kernel, Dim{2}, 2, 32, 0, stream, y); }
 int map_of(bf16* y, int64_t offset, int64_t columns, int64_t stride, int64_t box_columns, int64_t box_rows, int64_t swizzle, void*) {
   TensorMap map;
   return make_tensor_map(map, y + offset, {columns, 16}, {stride}, {static_cast<int>(box_columns), static_cast<int>(box_rows)},

@@ -1,6 +1,7 @@
 // One kernel for each feature of the asynchronous part of the device layer, for test_async.py.
 
 #include "device/async.h"
+#include "device/cluster.h"
 
 using namespace device;
 
@@ -207,6 +208,22 @@ KERNEL(32) relay_kernel(GRID_CONSTANT(TensorMap) map, Global<float> scratch, Glo
   }
 }
 
+// Each block of a cluster writes into the next one's shared memory, which that one stores. fence: 1 by who writes (which
+// covers its own block's shared memory alone), 2 by who stores.
+KERNEL(32) pass_on_kernel(Global<float> y, int fence) {
+  SHARED_ARRAY(float, tile, 32);
+  const int next = (cluster_rank() + 1) % cluster_blocks();
+  cluster_barrier();
+  cluster_pointer(tile, next)[lane_id()] = 100.0f * block_x() + lane_id();
+  if (fence == 1) fence_async_shared();
+  cluster_barrier();
+  if (thread_id() > 0) return;
+  if (fence == 2) fence_async_shared();
+  bulk_store(y + 32 * block_x(), tile, 128);
+  bulk_commit();
+  bulk_wait_read<0>();
+}
+
 // Warpgroups: ids, elected lanes, registers passed from one to the other two. Without "1 block" ptxas does not know how many a
 // thread begins with, and ignores setmaxnreg.
 KERNEL(384, 1) groups_kernel(Global<int> y) {
@@ -306,6 +323,9 @@ int relay(float* scratch, float* y, unsigned* counter, void* stream) {
   TensorMap map;
   if (int error = make_tensor_map(map, scratch, {32, 4}, {32}, {32, 4})) return error;
   return launch(relay_kernel, Dim{4}, 32, 4 * 32 * 4, stream, map, scratch, y, counter);
+}
+int pass_on(float* y, int64_t fence, void* stream) {
+  return launch_cluster(pass_on_kernel, Dim{6}, 3, 32, 0, stream, y, static_cast<int>(fence));
 }
 int groups(int* y, void* stream) { return launch(groups_kernel, Dim{}, 384, 0, stream, y); }
 }

@@ -12,6 +12,7 @@ from tests.csrc.host_library import (
     CSRC,
     ROOT,
     Both,
+    HostError,
     In,
     Out,
     library,
@@ -158,6 +159,21 @@ def test_global_memory_from_threads_to_a_copy_of_another_block(lib):
     counter = torch.zeros(1, dtype=torch.int32)
     _, y, _ = outputs(lib, "relay", Out(torch.empty(128)), Out(torch.empty(128)), Both(counter))
     assert torch.equal(y, torch.arange(128.0))
+
+
+@pytest.mark.parametrize("fence", (0, 1, 2))
+def test_shared_memory_that_another_block_wrote(lib, fence):
+    def run():
+        return outputs(lib, "pass_on", Out(torch.empty(6, 32)), fence)
+
+    if fence < 2:
+        with pytest.raises(
+            HostError, match="asynchronous read of .*'tile' .*, which block 2, thread 0 wrote .* no fence_async_shared"
+        ):
+            run()
+        return
+    sender = torch.tensor([2, 0, 1, 5, 3, 4])
+    assert torch.equal(run()[0], 100.0 * sender[:, None] + torch.arange(32))
 
 
 def test_warpgroups(lib):

@@ -237,10 +237,9 @@ namespace host {
 inline void proxy_fence(int space) {
   Thread& me = *machine.thread;
   me.proxied[space] = {me.known, me.clock};
-  if (space == 1) {
-    Ledger& ledger = machine.ledgers[machine.block->index];
-    ledger.seen_proxied = ledger.seen;
-  }
+  Ledger& ledger = machine.ledgers[machine.block->index];
+  ledger.phase_proxied = std::max(ledger.phase_proxied, me.phase);
+  if (space == 1) ledger.seen_proxied = ledger.seen;
   for (auto& [address, state] : engine.barriers) {  // an initialisation is a write, too
     if (space == 0 && state.initialised.thread() == me.id && state.block == machine.block && !state.fenced.key) {
       state.fenced = make_access(machine.block->index, me.id, me.clock, false, state.initialised.at);

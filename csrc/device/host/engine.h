@@ -331,6 +331,10 @@ inline void learn(int slot, uint32_t clock) { machine.thread->known = merge(mach
 inline bool proxied(const Access& before, bool shared) {
   const Thread& me = *machine.thread;
   if (before.block() == machine.block->index) return me.proxied[!shared].of(before.thread(), me.id) >= before.clock();
+  if (const Block* other = in_cluster(before.block())) {  // a fence of this block after the cluster barrier
+    const size_t phase = machine.ledgers[machine.block->index].phase_proxied;
+    if (phase && machine.block->cluster->phases[phase - 1][other->rank][before.thread()] >= before.clock()) return true;
+  }
   const Ledger &mine = machine.ledgers[machine.block->index], &other = machine.ledgers[before.block()];
   const auto passed = [&](const std::unordered_map<int64_t, size_t>& seen, const std::vector<std::vector<uint32_t>>& clocks) {
     const auto found = seen.find(before.block());

@@ -67,6 +67,7 @@ struct Ledger {
   std::unordered_map<int64_t, size_t> seen;      // block -> how many of its fences
   std::vector<std::vector<uint32_t>> proxied;    // per fence: the same, up to which the asynchronous proxy sees it too
   std::unordered_map<int64_t, size_t> seen_proxied;  // what had been seen at this block's last proxy fence
+  size_t phase_proxied = 0;                          // and how many of its cluster's barriers were over
 };
 
 }  // namespace device::host
