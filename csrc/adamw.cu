@@ -25,7 +25,8 @@ constexpr uint32_t kQuietNan = 0x7fc00000;         // the quiet NaN whose lower 
 constexpr uint32_t kCodes = 0x80000000;            // what tells a parameter's random numbers for codes from those for its weights
 constexpr int kInvalidValue = 1;                   // cudaErrorInvalidValue
 constexpr int kShare = kThreads / 32 * kWarp;      // elements of a thread block
-static_assert(FASTLM_TABLE_BLOCK % kShare == 0, "thread blocks share out a block of the table");
+constexpr int kShares = FASTLM_TABLE_BLOCK / kShare;
+static_assert(kShares * kShare == FASTLM_TABLE_BLOCK, "thread blocks share out a block of the table");
 
 // Four elements as they lie in memory, in as many words as they fill.
 struct Four {
@@ -444,15 +445,15 @@ DEVICE void update(const Row& row) {
 template <bool CODES, bool AVERAGE>
 KERNEL(kThreads, CODES || AVERAGE ? 5 : 6)
 adamw_kernel(const fastlm_adamw a) {
-  const int32_t owner = Global<const int32_t>(a.table.owners)[block_x()];
-  const int32_t block = Global<const int32_t>(a.table.blocks)[block_x()];
+  const int32_t owner = Global<const int32_t>(a.table.owners)[block_x() / kShares];
+  const int32_t block = Global<const int32_t>(a.table.blocks)[block_x() / kShares];
   if (a.found_inf) {
     const float found = Global<const float>(a.found_inf)[0];
     if (found != 0) return;
   }
   const int64_t size = Global<const int64_t>(a.table.sizes)[owner];
   // Warps beyond a tensor's end go along with nothing to do: no access waits for a decision on its size.
-  const int64_t first = static_cast<int64_t>(block) * FASTLM_TABLE_BLOCK + block_y() * kShare + warp_id() * kWarp;
+  const int64_t first = static_cast<int64_t>(block) * FASTLM_TABLE_BLOCK + block_x() % kShares * kShare + warp_id() * kWarp;
   update<CODES, AVERAGE>({a, owner, first, size});
 }
 
@@ -460,10 +461,10 @@ adamw_kernel(const fastlm_adamw a) {
 
 extern "C" int fastlm_adamw_step(const fastlm_adamw* args, void* stream) {
   const fastlm_adamw& a = *args;
-  if (a.table.count <= 0 || a.table.count > 0x7fffffff) return kInvalidValue;
+  if (a.table.count <= 0 || a.table.count > 0x7fffffff / kShares) return kInvalidValue;
   const auto has = [&](int column) { return a.formats[column] != FASTLM_ABSENT; };
   const bool codes = has(FASTLM_ADAMW_EXP_AVG_SCALE) || has(FASTLM_ADAMW_EXP_AVG_SQ_SCALE), average = has(FASTLM_ADAMW_AVERAGE);
   const auto kernel = codes ? (average ? adamw_kernel<true, true> : adamw_kernel<true, false>)
                             : (average ? adamw_kernel<false, true> : adamw_kernel<false, false>);
-  return launch(kernel, Dim{static_cast<int>(a.table.count), FASTLM_TABLE_BLOCK / kShare}, kThreads, 0, stream, a);
+  return launch(kernel, Dim{static_cast<int>(a.table.count) * kShares}, kThreads, 0, stream, a);
 }

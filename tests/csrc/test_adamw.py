@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastlm import ops
+from fastlm.kernels import tensor_table
 from fastlm.kernels.moment_bound import least_root
 from fastlm.kernels.tensor_table import BLOCK, format_of
 from fastlm.ops import _cuda
@@ -181,7 +182,7 @@ BUGS = {
     "averages forget": ("fmaf(a.average_rest, w[j][i] - x[i], x[i])", "w[j][i]"),
     "the tail is taken for whole": ("rest < kLane ? static_cast<int>(rest) : kLane", "kLane"),
     "all is taken for aligned": ("base % (kLane * bytes) == 0}", "true}"),
-    "the second half is left out": ("FASTLM_TABLE_BLOCK / kShare}", "1}"),
+    "the second half is left out": ("(a.table.count) * kShares}", "(a.table.count)}"),
     "masters stay behind": ("row.list(FASTLM_ADAMW_MASTER).put(j, left, out);", ""),
     "a skip is not seen": ("if (found != 0) return;", ""),
     "NaN is no skip": ("if (found != 0) return;", "if (found > 0) return;"),
@@ -368,6 +369,36 @@ def test_memory_of_any_order():
         call("adamw_", views, mode, "cuda", 2)
         flat = {name: [t.t() if t.ndim == 2 else t for t in tensors] for name, tensors in views.items()}
         assert same_bits(flat | {"grads": []}, want | {"grads": []})
+
+
+@as_backend
+@pytest.mark.parametrize("coded", (False, True))
+def test_offsets_have_64_bits(coded):
+    """A table by hand says that the tensors are the end of ones of 2^32 elements and more, which begin far outside of memory."""
+    lists = make("adamw_", Mode("fp32", "codes" if coded else "fp32"), "cpu", [(300,)])
+    far, columns = 1 << 32, [lists.get(name, []) for name in COLUMNS]
+    found = []
+    for blocks in (0, far // BLOCK):
+        work = [[t.clone() for t in tensors] for tensors in columns]
+        past = [blocks * BLOCK // (256 if name.endswith("scales") else 1) for name in COLUMNS]
+        address = [t[0].data_ptr() - n * t[0].element_size() if t else 0 for t, n in zip(work, past)]
+        sizes, owner, block = torch.tensor([blocks * BLOCK + 300]), torch.zeros(1, dtype=torch.int32), [blocks]
+        torch.ops.fastlm_host.adamw_step(
+            torch.tensor([address]), sizes, None, owner, torch.tensor(block, dtype=torch.int32), [*map(format_of, columns)],
+            False, False, *[None] * 5, 0.1, 1.0, 1.0, 0.0, -0.1, -0.01, 0.1, 0.01, 0.0, 1e-8, 0.1,
+        )  # fmt: skip
+        found.append(plain._flat(work))
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and not torch.equal(found[0][0], lists["params"][0])
+
+
+def test_python_and_the_kernels_mean_the_same_numbers():
+    headers = "".join((ROOT / "csrc" / name).read_text(encoding="utf-8") for name in ("fastlm.h", "multi_tensor.h"))
+    assert int(re.search(r"#define FASTLM_TABLE_BLOCK (\d+)", headers).group(1)) == BLOCK
+    for dtype, number in tensor_table._FORMATS.items():
+        assert f"FASTLM_{str(dtype)[6:].upper()} = {number}" in headers
+    assert "FASTLM_ABSENT = -1" in headers and format_of([]) == -1
+    names = re.findall(r"FASTLM_ADAMW_([A-Z_]+),?\n", (ROOT / "csrc" / "adamw.h").read_text(encoding="utf-8"))
+    assert [f"{name.lower()}s" for name in names[:9]] == list(COLUMNS) and names[9] == "LISTS"
 
 
 @as_backend

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from fastlm.ops import _cuda
-from fastlm.ops.global_norm import OP, _reference, global_norm
+from fastlm.ops.global_norm import _PROGRAMS_PER_SM, OP, _reference, global_norm
 from fastlm.testing import assert_accurate, bands_intact, guarded, poison_empty
 from tests.csrc.host_library import (
     DTYPES,
+    ROOT,
     Both,
     HostError,
     In,
@@ -164,6 +165,25 @@ def test_the_op_reads_only_its_tensors_and_repeats():
     torch.testing.assert_close(one.double(), _exact(found), rtol=1e-6, atol=0)
     assert all(bands_intact(buffer) for _, buffer in pairs)
     assert all(torch.equal(a, b) for a, b in zip(found, before))
+
+
+@as_backend
+def test_offsets_have_64_bits():
+    """A table by hand says that a tensor is the end of one of 2^32 elements and more, which begins far outside of memory."""
+    t, far, found = torch.randn(3000), 1 << 32, []
+    for first in (0, far // BLOCK):
+        address = torch.tensor([t.data_ptr() - first * BLOCK * 4])
+        sizes, blocks = torch.tensor([first * BLOCK + 3000]), torch.tensor([first, first + 1], dtype=torch.int32)
+        zeros, norm = torch.zeros(2, dtype=torch.int32), torch.empty(())
+        torch.ops.fastlm_host.global_norm(address, sizes, zeros, blocks, zeros[:1], torch.empty(3), norm)
+        found.append(norm)
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0].double(), _exact([t]), rtol=1e-6, atol=0)
+
+
+def test_as_many_programs_as_a_multiprocessor_runs_at_once():
+    source = (ROOT / "csrc" / "global_norm.cu").read_text(encoding="utf-8")
+    assert f"kResident = {_PROGRAMS_PER_SM};" in source
 
 
 @as_backend

@@ -12,6 +12,7 @@ class _OnGpu:
     """What the tables need of a tensor on a GPU."""
 
     device = torch.device("cuda", 0)
+    dtype = torch.bfloat16
 
     def __init__(self, at):
         self.at = at
@@ -42,7 +43,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=seen.stream))
     monkeypatch.setattr(tensor_table, "_captured", [])
-    cached = (tensor_table._addresses, tensor_table._streams, tensor_table._blocks)
+    cached = (tensor_table._addresses, tensor_table._streams, tensor_table._blocks, tensor_table._formats)
     for function in cached:
         function.cache_clear()
     yield seen
@@ -77,3 +78,15 @@ def test_a_captured_graph_keeps_both_ends_of_its_copies(gpu):
     assert all(any(host is pinned for pinned in gpu.pinned) for host, _ in gpu.copies)
     gpu.capturing = False
     assert all(a is b for a, b in zip(before, _tables()))  # and not the graph's
+
+
+def test_formats_are_kept_like_the_tables(gpu):
+    first = tensor_table.formats_of([_OnGpu(4096), _OnGpu(65536)])
+    assert first.tolist() == [1, 1] and tensor_table.formats_of([_OnGpu(0), _OnGpu(0)]) is first
+    gpu.stream = 2
+    assert tensor_table.formats_of([_OnGpu(0), _OnGpu(0)]) is not first
+    gpu.stream, gpu.capturing = 1, True
+    inside = tensor_table.formats_of([_OnGpu(0), _OnGpu(0)])
+    assert inside is not first and any(inside is there for _, there in tensor_table._captured)
+    gpu.capturing = False
+    assert tensor_table.formats_of([_OnGpu(0), _OnGpu(0)]) is first
