@@ -54,7 +54,6 @@ KERNEL(kRowThreads)
 norm_bwd_kernel(const fastlm_norm_bwd a, int threads_per_row) {
   constexpr int VEC = kWidth<X>, HELD = kHeldElements / VEC;
   constexpr bool AHEAD = sizeof(X) + sizeof(R) == 4;  // wider rows leave no registers for it
-  using Row = Held<X, VEC, HELD>;
   using SavedRow = Held<R, VEC, HELD>;
   const Place<VEC> at(threads_per_row);
   meet_blocks(at.blocks);
@@ -82,38 +81,45 @@ norm_bwd_kernel(const fastlm_norm_bwd a, int threads_per_row) {
     });
   }
 
-  Row dy, next_dy;
-  SavedRow x, next_x;
-  const auto load = [&](int64_t row, Row& some_dy, SavedRow& some_x) {
-    some_dy.load(row_of<X>(a.dy, row_start(a.dy_rows, row)), first, step, columns_of(row));
-    some_x.load(row_of<R>(a.x, row_start(a.x_rows, row)), first, step, columns_of(row));
+  struct Loaded {
+    Held<X, VEC, HELD> dy;
+    SavedRow x;
+    float rstd, mean;
+  };
+  const auto load = [&](int64_t row) {
+    Loaded to;
+    to.dy.load(row_of<X>(a.dy, row_start(a.dy_rows, row)), first, step, columns_of(row));
+    to.x.load(row_of<R>(a.x, row_start(a.x_rows, row)), first, step, columns_of(row));
+    to.rstd = to.mean = 0;
+    if (row < a.rows) {
+      to.rstd = rstds[row];
+      if constexpr (CENTRED) to.mean = means[row];
+    }
+    return to;
   };
   const int64_t begin = static_cast<int64_t>(at.part()) * at.rows, stride = static_cast<int64_t>(at.parts()) * at.rows;
   int turn = 0;
-  if constexpr (AHEAD) load(begin + at.slot, next_dy, next_x);
+  Loaded next;
+  if constexpr (AHEAD) next = load(begin + at.slot);
   // All threads of a block go round as often, those of rows beyond the last too.
   for (int64_t base = begin; base < a.rows; base += stride) {
     const int64_t row = base + at.slot;
     const int columns = columns_of(row);
+    Loaded now;
     if constexpr (AHEAD) {
-      dy = next_dy, x = next_x;
-      load(row + stride, next_dy, next_x);
+      now = next;
+      next = load(row + stride);
     } else {
-      load(row, dy, x);
+      now = load(row);
     }
     SavedRow dsum;
     if (a.dsum) dsum.load(row_of<R>(a.dsum, row_start(a.dsum_rows, row)), first, step, columns);
-    float rstd = 0, mean = 0;
-    if (columns) {
-      rstd = rstds[row];
-      if constexpr (CENTRED) mean = means[row];
-    }
     const uint32_t bits = a.seed ? kept<VEC>(a, row, first, step, HELD) : 0;
     const bool drops_x = a.seed && !a.has_residual;
     const auto xhat_at = [&](int k, int i) {
-      float v = x.at(k, i);
+      float v = now.x.at(k, i);
       if (drops_x) v = (bits >> (k * VEC + i) & 1) ? v * a.grown : 0.0f;
-      return (v - mean) * rstd;
+      return (v - now.mean) * now.rstd;
     };
 
     float sums[CENTRED ? 2 : 1] = {};  // of g * xhat, of g
@@ -122,7 +128,7 @@ norm_bwd_kernel(const fastlm_norm_bwd a, int threads_per_row) {
       if (column(k) < columns) {
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
-          const float d = dy.at(k, i), xhat = xhat_at(k, i), g = d * scale[k][i];
+          const float d = now.dy.at(k, i), xhat = xhat_at(k, i), g = d * scale[k][i];
           sums[0] += g * xhat;
           if constexpr (CENTRED) sums[1] += g;
           dweight[k][i] += d * xhat;
@@ -141,7 +147,7 @@ norm_bwd_kernel(const fastlm_norm_bwd a, int threads_per_row) {
         float ds[VEC];
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
-          ds[i] = rstd * (dy.at(k, i) * scale[k][i] - centre - xhat_at(k, i) * along);
+          ds[i] = now.rstd * (now.dy.at(k, i) * scale[k][i] - centre - xhat_at(k, i) * along);
           if (a.dsum) ds[i] += dsum.at(k, i);
         }
         if (a.dresidual) {
