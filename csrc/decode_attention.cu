@@ -67,7 +67,7 @@ struct Share {
   int position;             // of the first query among the keys; may be negative
   int start;                // keys before it are padding
   int lo, hi;               // keys that any of its rows sees
-  int begin, end;           // those of this share; begin is a multiple of the tile but for lo
+  int begin, end;           // those of this share and up to a tile before; begin is a multiple of the tile
   int live;                 // shares that have keys, at least 1
 
   DEVICE Share(const Args& a, int tile_rows, int tile_keys) {
