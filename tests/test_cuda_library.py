@@ -351,21 +351,35 @@ import os, sys, torch
 from pathlib import Path
 from fastlm import ops
 from fastlm.ops import _cuda
+from fastlm.testing import assert_accurate
 _cuda.PATH = Path(sys.argv[1])
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for shape in ((7, 40), (3, 37), (5, 4096), (2, 40000)):
         x, residual = torch.randn(shape, device="cuda").to(dtype), torch.randn(shape, device="cuda").to(dtype)
         weight = torch.randn(shape[1:], device="cuda").to(dtype)
-        for options in ({}, {"residual": residual}, {"dropout_p": 0.3, "seed": 11}, {"casting": "llama", "weight_offset": 1.0}):
-            with torch.cuda.stream(torch.cuda.Stream()):
-                found = ops.rms_norm(x, weight, backend="cuda", **options)
-                y = ops.softmax(x, scale=0.5, backend="cuda")
-                (dx,) = torch.autograd.grad(ops.softmax(residual.requires_grad_(), backend="cuda"), residual, x)
-            torch.cuda.synchronize()
-            residual.requires_grad_(False)
-            torch.testing.assert_close(y, torch.softmax(x.float() * 0.5, -1).to(dtype))
-            s = torch.softmax(residual.float(), -1).to(dtype).float()
-            torch.testing.assert_close(dx, (s * (x.float() - (x.float() * s).sum(-1, keepdim=True))).to(dtype))
-            torch.testing.assert_close(found, ops.rms_norm(x, weight, backend="reference", **options))
+        torch.cuda.synchronize()
+        seeded, llama = {"dropout_p": 0.3, "seed": 11}, {"casting": "llama", "weight_offset": 1.0}
+        for norm in (ops.rms_norm, ops.layer_norm):
+            for options in ({}, {"residual": residual}, seeded, llama):
+                runs = []
+                for backend, kind in (("cuda", dtype), ("reference", torch.float64), ("reference", dtype)):
+                    inputs = [t.detach().to(kind).requires_grad_() for t in (x, weight)]
+                    extra = {k: t.to(kind) if k == "residual" else t for k, t in options.items()}
+                    torch.cuda.synchronize()
+                    with torch.cuda.stream(torch.cuda.Stream()):
+                        out = norm(*inputs, backend=backend, **extra)
+                        outs = out if isinstance(out, tuple) else (out,)
+                        gradients = torch.autograd.grad(outs, inputs, [residual.to(kind)] * len(outs))
+                    torch.cuda.synchronize()
+                    runs.append((*outs, *gradients))
+                for found, exact, plain in zip(*runs):
+                    assert_accurate(found, exact, plain)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            y = ops.softmax(x, scale=0.5, backend="cuda")
+            (dx,) = torch.autograd.grad(ops.softmax(residual.requires_grad_(), backend="cuda"), residual, x)
+        torch.cuda.synchronize()
+        torch.testing.assert_close(y, torch.softmax(x.float() * 0.5, -1).to(dtype))
+        s = torch.softmax(residual.detach().float(), -1).to(dtype).float()
+        torch.testing.assert_close(dx, (s * (x.float() - (x.float() * s).sum(-1, keepdim=True))).to(dtype))
 """
     run([sys.executable, "-c", code, library], ROOT, PYTHONPATH=os.fspath(ROOT))
