@@ -3,9 +3,9 @@
 //
 // A tile of 16-bit elements is kept as panels: a panel is as wide as the swizzle (128 bytes: 64 elements) and as high as the
 // tile; row r of it begins at r * 128 bytes, and its 16-byte pieces are permuted among each other by r % 8. So a column of
-// pieces, as well as a row, is spread over all banks. This is what a tensor copy with a box of one panel's width writes. wgmma reads it as a
-// K-major operand (rows are M or N, a panel's width runs along K) or, the same bytes seen the other way, as an MN-major one (rows
-// are K, the width runs along M or N).
+// pieces, as well as a row, is spread over all banks. This is what a tensor copy with a box of one panel's width writes. wgmma
+// reads it as a K-major operand (rows are M or N, a panel's width runs along K) or, the same bytes seen the other way, as an
+// MN-major one (rows are K, the width runs along M or N).
 #pragma once
 
 #include "common.h"
