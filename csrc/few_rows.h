@@ -334,12 +334,10 @@ few_rows_kernel(const fastlm_linear a, int tiles, int units, int share, bool x_v
   Fetched ahead[kDepth];
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) w.fetch(begin + d, end, ahead[d]);
-  const XStore<X, BITS, GROUPS> store(a, x, pitch, first, last - first);
-  if (x_vectors && static_cast<int64_t>(last) * kStepColumns<BITS> <= a.columns) {
-    store.template run<true, 4>();
-  } else {
-    store.template run<false, 1>();
-  }
+  const int inside = x_vectors ? minimum(static_cast<int>(a.columns) / kStepColumns<BITS>, last) : 0;  // steps before the row ends
+  const int middle = maximum(inside, first);
+  XStore<X, BITS, GROUPS>(a, x, pitch, first, middle - first).template run<true, 4>();
+  XStore<X, BITS, GROUPS>(a, x + (middle - first) * kStepColumns<BITS>, pitch, middle, last - middle).template run<false, 1>();
   block_barrier();
   const Shared<const X> mine = x + w.g * pitch;
   for (int step = begin; step < end; step += kDepth) {

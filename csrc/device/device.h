@@ -44,6 +44,7 @@
 //   fast_exp2 fast_log2 fast_rsqrt fast_reciprocal fast_tanh     one approximate instruction each; their errors: cuda.h
 //   minimum(a, b) maximum(a, b) ceil_div(a, b)      float_bits(x) bits_float(u)
 //   philox(seed, c0, c1, c2, c3)    four random words, philox.h
+//   mma.h has the warp's matrix product and what prepares its operands; a kernel that needs them includes it
 //
 // Where is the caller's source line on the host and nothing on CUDA: helpers that take `Where at = Where::current()` and hand it
 // on show the kernel's line in a report instead of their own.

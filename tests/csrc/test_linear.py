@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import ops
+from fastlm.ops import _cuda
 from fastlm.testing import assert_accurate, check_accuracy, check_guards, check_op
 from tests.csrc.host_library import DTYPES, HostError, In, Out, library, needs_compiler, same_in_all_orders
 from tests.ops.test_linear import case_of
@@ -117,3 +118,14 @@ def test_wrong_calls_are_refused_before_memory_is_touched():
         with pytest.raises(RuntimeError, match=words):
             call(*args)
     assert ops.linear(torch.randn(0, 8), torch.randn(4, 8), backend="cuda").shape == (0, 4)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """As for decoding, with columns divided among blocks and not."""
+    if reason := _cuda.unavailable():
+        pytest.skip(reason)
+    check_op(case_of(), "cuda", "cuda")
+    for rows, N, K in ((1, 4096, 4096), (8, 1000, 4096), (5, 14336, 520), (3, 19, 45)):
+        for dtype in (BF16, FP16, FP32):
+            check_accuracy(case_of(rows, N, K), "cuda", dtype, "cuda")
