@@ -214,18 +214,15 @@ class KernelTests:
     @pytest.mark.parametrize("dtype", (FP32, BF16, FP16), ids=str)
     @pytest.mark.parametrize("shape", ((70, 40), (5, 37), (2, 8200)), ids=str)
     def test_features_of_the_backward(self, lib, dtype, shape):
-        with lib.without_clusters():
-            self.features_of_the_backward(lib, dtype, shape)
-
-    def features_of_the_backward(self, lib, dtype, shape):
         x, dy, dsum = (random(shape, dtype, "cpu", mean) for mean in (1.0, 0.5, 0.0))
         weight, check = self.kernels.parameters(shape[-1], dtype)[0], self.kernels.check_backward
-        check(lib, dy, x, need=(False, False))
-        check(lib, dy, x, weight.float(), offset=1.0, parts=1)
-        check(lib, dy, x, weight, dsum=dsum, has_residual=True, need=(True, False))
-        check(lib, dy, x.float(), weight, dsum=dsum.float(), has_residual=True, need=(False, True))
-        check(lib, dy, x, weight, p=P)
-        check(lib, dy, x.float(), weight.float(), dsum=dsum.float(), p=P, has_residual=True)
+        with lib.without_clusters():
+            check(lib, dy, x, need=(False, False))
+            check(lib, dy, x, weight.float(), offset=1.0, parts=1)
+            check(lib, dy, x, weight, dsum=dsum, has_residual=True, need=(True, False))
+            check(lib, dy, x.float(), weight, dsum=dsum.float(), has_residual=True, need=(False, True))
+            check(lib, dy, x, weight, p=P)
+            check(lib, dy, x.float(), weight.float(), dsum=dsum.float(), p=P, has_residual=True)
 
     @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
     def test_rows_lie_anywhere(self, lib, dtype):
@@ -241,11 +238,16 @@ class KernelTests:
         backward(lib, fused[:, 0, 1:41], other[:, 1, 3:43], weight, orders=True)
         backward(lib, fused[:1, 0, :40].expand(6, 40), other[0, :, :40].repeat(2, 1)[:6], weight)
 
-    # Of blocks of rows and of rows, among one block, two, and more than there are.
+    # Of blocks of rows and of rows, among one block, two, and more than there are; 16-bit rows are read one ahead.
+    @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
     @pytest.mark.parametrize("parts", (1, 2, 9))
-    def test_rows_are_shared_among_blocks(self, lib, parts):
+    def test_rows_are_shared_among_blocks(self, lib, parts, dtype):
         for shape in ((150, 40), (5, 1032), (5, 37), (3, 8200)):
-            x, dy, weight = random(shape, FP32, "cpu", 1.0), random(shape, FP32, "cpu"), random(shape[1:], FP32, "cpu")
+            x, dy, weight = (
+                random(shape, dtype, "cpu", 1.0),
+                random(shape, dtype, "cpu"),
+                random(shape[1:], dtype, "cpu"),
+            )
             self.kernels.check_backward(lib, dy, x, weight, orders=parts == 2 and shape[1] < 1000, parts=parts)
 
     def test_small_and_large_numbers(self, lib):
