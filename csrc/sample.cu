@@ -1,6 +1,7 @@
 // One token a row from filtered logits, in one launch (fastlm/ops/sample.py has the contract).
 //
-// A block owns a row. Every filter keeps what is at or above a threshold, so nothing is sorted: a threshold is searched for two
+// A block owns a row, or, where rows are few and wide, a cluster of up to 8: these share the passes over the row, and their first
+// block searches and draws. Every filter keeps what is at or above a threshold, so nothing is sorted: a threshold is searched for two
 // bits at a time on the ordered bits of floats, by counting (top-k) or weighing (top-p) what lies above. That sorting is not needed
 // is FlashInfer's observation (Ye et al. 2025, arXiv:2501.01005), whose kernels search among probabilities. Here the search runs on
 // a thousand or two candidates in shared memory: those at least as large as the k-th largest of the threads' own maxima, of which
@@ -9,6 +10,7 @@
 // Masses are integers, exp(s) * 2^40 rounded down: their sum is the same in every order, so that candidates may be collected in any.
 // The draw is the largest of s + Gumbel noise (Gumbel-max): no running sum, and rounding moves it only between near ties.
 
+#include "device/cluster.h"
 #include "device/device.h"
 #include "sample.h"
 
@@ -19,10 +21,12 @@ using namespace device;
 constexpr int kMostThreads = 512, kMostWarps = kMostThreads / 32;
 constexpr int kHeld = 2048;       // candidates that shared memory holds
 constexpr int kAhead = 4;         // vectors that a thread has in flight
+constexpr int kBlocksOfGpu = 132;
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLargest = 3.4028235e38f;
 constexpr float kMostNoise = 23.0f;  // the smallest exponential variate is 2^-33
+constexpr uint64_t kNothing = 0;  // less than every packed key
 constexpr uint32_t kNan = 0xffffffffu, kMinusInfinity = 0x007fffffu;  // keys
 constexpr uint32_t kStream = 0x73616d70u;  // third word of the counter: other numbers than dropout's
 
@@ -39,11 +43,13 @@ DEVICE float value_of(uint32_t key) { return bits_float(key & 0x80000000u ? key 
 DEVICE uint64_t pack(uint32_t key, int index) { return static_cast<uint64_t>(key) << 32 | ~static_cast<uint32_t>(index); }
 DEVICE int index_of(uint64_t packed) { return static_cast<int>(~static_cast<uint32_t>(packed)); }
 
+// A row, or the part of it that a block of a cluster reads.
 template <class T>
 struct Row {
   Global<const T> x;
   int columns;
-  bool aligned;  // at 16 bytes
+  bool aligned;     // at 16 bytes
+  int first, step;  // where this thread begins, and how far it is to its next vector
 };
 
 template <class T>
@@ -53,12 +59,11 @@ constexpr int kLowestBit = sizeof(T) == 4 ? 0 : std::is_same_v<T, bf16> ? 16 : 1
 template <class T, class F>
 DEVICE void over_row(const Row<T>& row, F f, Where at = Where::current()) {
   constexpr int VEC = kVector<T>;
-  const int step = block_threads() * VEC;
-  for (int first = thread_id() * VEC; first < row.columns; first += kAhead * step) {
+  for (int first = row.first; first < row.columns; first += kAhead * row.step) {
     Vector<T, VEC> read[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const int begin = first + k * step;
+      const int begin = first + k * row.step;
       if (row.aligned && begin + VEC <= row.columns) {
         read[k] = load_vector<VEC>(row.x + begin, at);
       } else {
@@ -74,7 +79,7 @@ DEVICE void over_row(const Row<T>& row, F f, Where at = Where::current()) {
       float values[VEC];
 #pragma unroll
       for (int i = 0; i < VEC; ++i) values[i] = to_float(read[k][i]);
-      if (first + k * step < row.columns) f(first + k * step, values);
+      if (first + k * row.step < row.columns) f(first + k * row.step, values);
     }
   }
 }
@@ -119,9 +124,9 @@ DEVICE uint32_t search(uint32_t low, uint32_t high, int lowest, uint64_t target,
 }
 
 template <class V>
-DEVICE V setting(const V* each, V all, Where at = Where::current()) {
+DEVICE V setting(const V* each, V all, int row, Where at = Where::current()) {
   if (each == nullptr) return all;
-  return load_vector<1>(Global<const V>(each) + block_x(), at)[0];
+  return load_vector<1>(Global<const V>(each) + row, at)[0];
 }
 
 // (x - top) / temperature; 0 at the top, be it infinite.
@@ -139,87 +144,99 @@ struct Rule {
   float top, inverse, floor;  // tempered logits below `floor` are out
   uint32_t threshold;         // keys below it are out
   uint64_t seed;
-  uint32_t offset;
+  uint32_t row, offset;
 
   DEVICE RandomWords words(int group) const {
-    return philox(seed, static_cast<uint32_t>(group), static_cast<uint32_t>(block_x()), kStream, offset);
+    return philox(seed, static_cast<uint32_t>(group), row, kStream, offset);
   }
   DEVICE bool keeps(uint32_t key, float s) const { return key >= threshold && s >= floor; }
 };
 
 template <class T>
-KERNEL(kMostThreads)
+KERNEL(kMostThreads, 1)
 sample_kernel(const fastlm_sample a) {
   SHARED_ARRAY(uint32_t, keys, kHeld);
   SHARED_ARRAY(int, tokens, kHeld);
   SHARED_ARRAY(int, counter, 1);
-  const int64_t row_at = block_x() * a.row_stride;
-  const bool aligned = (reinterpret_cast<uint64_t>(a.logits) + row_at * sizeof(T)) % 16 == 0;
-  const Row<T> row{Global<const T>(static_cast<const T*>(a.logits)) + row_at, static_cast<int>(a.columns), aligned};
-  const float temperature = setting(a.temperatures, a.temperature), top_p = setting(a.top_ps, a.top_p);
-  const float min_p = setting(a.min_ps, a.min_p);
-  const int64_t top_k = setting(a.top_ks, a.top_k);
+  constexpr int VEC = kVector<T>;
+  const int blocks = cluster_blocks(), rank = cluster_rank(), r = block_x() / blocks;
+  const Global<const T> x = Global<const T>(static_cast<const T*>(a.logits)) + r * a.row_stride;
+  const bool aligned = (reinterpret_cast<uint64_t>(a.logits) + r * a.row_stride * sizeof(T)) % 16 == 0;
+  const int columns = static_cast<int>(a.columns), threads = block_threads();
+  const Row<T> row{x, columns, aligned, (rank * threads + thread_id()) * VEC, blocks * threads * VEC};
+  const Row<T> whole{x, columns, aligned, thread_id() * VEC, threads * VEC};
+  const float temperature = setting(a.temperatures, a.temperature, r), top_p = setting(a.top_ps, a.top_p, r);
+  const float min_p = setting(a.min_ps, a.min_p, r);
+  const int64_t top_k = setting(a.top_ks, a.top_k, r);
   if (thread_id() == 0) counter[0] = 0;
 
   uint64_t best = 0;
-  over_row(row, [&](int first, const float(&x)[kVector<T>]) {
+  over_row(row, [&](int first, const float(&v)[VEC]) {
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) best = maximum(best, pack(key_of(x[i]), first + i));
+    for (int i = 0; i < VEC; ++i) best = maximum(best, pack(key_of(v[i]), first + i));
   });
   const uint32_t own_top = static_cast<uint32_t>(best >> 32);
-  best = block_reduce(best, Max(), static_cast<uint64_t>(0));
+  best = cluster_reduce(best, Max(), kNothing);
   const uint32_t top_key = static_cast<uint32_t>(best >> 32);
   int token = index_of(best);
   if (top_key == kNan || top_key <= kMinusInfinity) {
-    if (thread_id() == 0) {
-      Global<int64_t>(a.tokens)[block_x()] = -1;
-      if (a.logprobs != nullptr) Global<float>(a.logprobs)[block_x()] = NAN;
+    if (rank == 0 && thread_id() == 0) {
+      Global<int64_t>(a.tokens)[r] = -1;
+      if (a.logprobs != nullptr) Global<float>(a.logprobs)[r] = NAN;
     }
     return;
   }
 
   const float top = value_of(top_key);
   if (temperature > 0) {
-    const bool by_count = top_k >= 1 && top_k < row.columns, by_mass = top_p < 1;
+    const bool by_count = top_k >= 1 && top_k < columns, by_mass = top_p < 1;
     Rule rule{top, minimum(1.0f / temperature, kLargest), min_p > 0 ? minimum(logf(min_p), 0.0f) : -kLargest,
-              kMinusInfinity + 1, 0, 0};
-    int held = 0;  // candidates: all that can stay, if there are any
+              kMinusInfinity + 1, 0, static_cast<uint32_t>(r), 0};
+    int held = 0;  // candidates in the first block: all that can stay, if there are any
     uint64_t total = 0;
-    if (by_count || by_mass) {
-      uint32_t cut = rule.threshold;
-      bool few = row.columns <= kHeld;
-      const int64_t wanted = by_count ? top_k : block_threads() * 15 / 16;
-      if (!few && wanted <= block_threads() * 15 / 16) {
+    const bool searches = by_count || by_mass;
+    uint32_t cut = rule.threshold;
+    if (searches) {
+      bool few = columns <= kHeld;
+      const int most = threads * 15 / 16;
+      const int64_t wanted = by_count ? top_k : most / blocks;
+      if (!few && wanted <= most) {
         few = true;
         const uint32_t reached = search(0, top_key, kLowestBit<T>, wanted, [&](auto f) { f(own_top, 1); });
-        cut = maximum(cut, reached);
+        cut = maximum(cut, static_cast<uint32_t>(cluster_reduce(static_cast<uint64_t>(reached), Max(), kNothing)));
       }
-      over_row(row, [&](int first, const float(&x)[kVector<T>]) {
+      const Shared<int> there = cluster_pointer(counter, 0), their_tokens = cluster_pointer(tokens, 0);
+      const Shared<uint32_t> their_keys = cluster_pointer(keys, 0);
+      over_row(row, [&](int first, const float(&v)[VEC]) {
 #pragma unroll
-        for (int i = 0; i < kVector<T>; ++i) {
-          const uint32_t key = key_of(x[i]);
-          if (by_mass && !by_count) total += mass_of(tempered(x[i], top, rule.inverse));
+        for (int i = 0; i < VEC; ++i) {
+          const uint32_t key = key_of(v[i]);
+          if (by_mass && !by_count) total += mass_of(tempered(v[i], top, rule.inverse));
           if (few && key >= cut) {
-            const int slot = atomic_add(counter, 1);
-            if (slot < kHeld) keys[slot] = key, tokens[slot] = first + i;
+            const int slot = atomic_add(there, 1);
+            if (slot < kHeld) their_keys[slot] = key, their_tokens[slot] = first + i;
           }
         }
       });
-      block_barrier();
-      const int collected = counter[0];
-      if (few && collected <= kHeld) held = collected;
+      total = cluster_sum(total);  // and all candidates have come
+      if (rank == 0) {
+        const int collected = counter[0];
+        if (few && collected <= kHeld) held = collected;
+      }
+    }
+    if (searches && rank == 0) {
       bool weigh = false;
       const auto each = [&](auto f) {
         if (held > 0) {
-          for (int i = thread_id(); i < held; i += block_threads()) {
+          for (int i = thread_id(); i < held; i += threads) {
             const uint32_t key = keys[i];
             f(key, weigh ? mass_of(tempered(value_of(key), top, rule.inverse)) : 1);
           }
         } else {
-          over_row(row, [&](int, const float(&x)[kVector<T>]) {
+          over_row(whole, [&](int, const float(&v)[VEC]) {
 #pragma unroll
-            for (int i = 0; i < kVector<T>; ++i) {
-              f(key_of(x[i]), weigh ? mass_of(tempered(x[i], top, rule.inverse)) : 1);
+            for (int i = 0; i < VEC; ++i) {
+              f(key_of(v[i]), weigh ? mass_of(tempered(v[i], top, rule.inverse)) : 1);
             }
           });
         }
@@ -228,12 +245,12 @@ sample_kernel(const fastlm_sample a) {
         weigh = stage == 1;
         uint64_t target = static_cast<uint64_t>(top_k);
         if (weigh) {
-          uint64_t sums[3] = {total, 0, 0};  // of the row, of what is left
-          each([&](uint32_t key, uint64_t amount) { sums[1] += key >= rule.threshold ? amount : 0; });
+          uint64_t sums[3] = {0, 0, 0};  // of what is left, in the row or among the candidates
+          each([&](uint32_t key, uint64_t amount) { sums[0] += key >= rule.threshold ? amount : 0; });
           block_sums(sums);
-          const double share = maximum(top_p, 0.0f) * static_cast<double>(by_count ? sums[1] : sums[0]);
+          const double share = maximum(top_p, 0.0f) * static_cast<double>(by_count ? sums[0] : total);
           target = maximum(static_cast<uint64_t>(ceil(share)), static_cast<uint64_t>(1));
-          if (sums[1] < target) held = 0;  // the candidates are too few after all
+          if (sums[0] < target) held = 0;  // the candidates are too few after all
         }
         rule.threshold = maximum(rule.threshold, search(held > 0 ? maximum(cut, rule.threshold) : rule.threshold, top_key,
                                                         kLowestBit<T>, target, each));
@@ -245,7 +262,7 @@ sample_kernel(const fastlm_sample a) {
     rule.seed = static_cast<uint64_t>(key), rule.offset = static_cast<uint32_t>(offset);
     best = 0;
     if (held > 0) {
-      for (int i = thread_id(); i < held; i += block_threads()) {
+      for (int i = thread_id(); i < held; i += threads) {
         const uint32_t at = keys[i];
         const int id = tokens[i];
         const float s = tempered(value_of(at), top, rule.inverse);
@@ -254,17 +271,18 @@ sample_kernel(const fastlm_sample a) {
         const uint32_t half = id & 1 ? words.word[1] : words.word[0], other = id & 1 ? words.word[3] : words.word[2];
         best = maximum(best, pack(key_of(s + gumbel(uniform(id & 2 ? other : half))), id));
       }
-    } else {
+    } else if (!searches || rank == 0) {
       float leads = -kLargest;  // the best of this thread so far
-      over_row(row, [&](int first, const float(&x)[kVector<T>]) {
+      const Row<T> part{x, columns, aligned, searches ? whole.first : row.first, searches ? whole.step : row.step};
+      over_row(part, [&](int first, const float(&v)[VEC]) {
 #pragma unroll
-        for (int g = 0; g < kVector<T>; g += 4) {
+        for (int g = 0; g < VEC; g += 4) {
           float s[4];
           bool any = false;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            s[i] = tempered(x[g + i], top, rule.inverse);
-            if (!rule.keeps(key_of(x[g + i]), s[i])) s[i] = -INFINITY;
+            s[i] = tempered(v[g + i], top, rule.inverse);
+            if (!rule.keeps(key_of(v[g + i]), s[i])) s[i] = -INFINITY;
             any |= s[i] + kMostNoise > leads;
           }
           if (!any) continue;
@@ -281,23 +299,21 @@ sample_kernel(const fastlm_sample a) {
         }
       });
     }
-    token = index_of(block_reduce(best, Max(), static_cast<uint64_t>(0)));
+    token = index_of(searches ? block_reduce(best, Max(), kNothing) : cluster_reduce(best, Max(), kNothing));
   }
 
   float logprob = 0;
   if (a.logprobs != nullptr) {
     float total = 0;
-    over_row(row, [&](int, const float(&x)[kVector<T>]) {
+    over_row(row, [&](int, const float(&v)[VEC]) {
 #pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) total += fast_exp2(tempered(x[i], top, 1.0f) * kLog2e);
+      for (int i = 0; i < VEC; ++i) total += fast_exp2(tempered(v[i], top, 1.0f) * kLog2e);
     });
-    logprob = -logf(block_sum(total));
+    logprob = -logf(cluster_sum(total));
   }
-  if (thread_id() == 0) {
-    Global<int64_t>(a.tokens)[block_x()] = token;
-    if (a.logprobs != nullptr) {
-      Global<float>(a.logprobs)[block_x()] = logprob + tempered(to_float(load_vector<1>(row.x + token)[0]), top, 1.0f);
-    }
+  if (rank == 0 && thread_id() == 0) {
+    Global<int64_t>(a.tokens)[r] = token;
+    if (a.logprobs != nullptr) Global<float>(a.logprobs)[r] = logprob + tempered(to_float(load_vector<1>(x + token)[0]), top, 1.0f);
   }
 }
 
@@ -305,14 +321,20 @@ template <class T>
 int start(const fastlm_sample& a, void* stream) {
   int threads = 128;
   while (threads < kMostThreads && static_cast<int64_t>(threads) * kVector<T> < a.columns) threads *= 2;
-  return launch(sample_kernel<T>, Dim{static_cast<int>(a.rows)}, threads, 0, stream, a);
+  const int most = most_cluster_blocks();
+  int cluster = 1;
+  while (2 * cluster <= most && cluster * a.rows < kBlocksOfGpu &&
+         2 * cluster * threads * 2 * kVector<T> <= a.columns) {  // two vectors or more for each thread
+    cluster *= 2;
+  }
+  return launch_cluster(sample_kernel<T>, Dim{static_cast<int>(a.rows * cluster)}, cluster, threads, 0, stream, a);
 }
 
 }  // namespace
 
 extern "C" int fastlm_sample_draw(const fastlm_sample* args, void* stream) {
   const fastlm_sample& a = *args;
-  if (a.rows <= 0 || a.rows > 0x7fffffff || a.columns <= 0 || a.columns > 1 << 30) return kInvalidValue;
+  if (a.rows <= 0 || a.rows > 0x7fffffff / 8 || a.columns <= 0 || a.columns > 1 << 30) return kInvalidValue;
   switch (a.dtype) {
     case FASTLM_FLOAT32: return start<float>(a, stream);
     case FASTLM_BFLOAT16: return start<bf16>(a, stream);

@@ -137,8 +137,8 @@ class _Rule:
 
 
 def _supports(backend, logits):
-    if backend == "cuda" and (logits.shape[1] > 2**30 or logits.shape[0] >= 2**31):
-        return f"it takes fewer than 2^31 rows of at most 2^30 logits, got {list(logits.shape)}"
+    if backend == "cuda" and (logits.shape[1] > 2**30 or logits.shape[0] >= 2**28):
+        return f"it takes fewer than 2^28 rows of at most 2^30 logits, got {list(logits.shape)}"
     return None
 
 
@@ -233,7 +233,7 @@ def sample(
         ValueError: logits not [B, V] with V >= 1, a setting out of range or of another shape, on another device, an unknown or
         unsupported backend. TypeError: logits not floating point, a setting's or the seed's dtype.
 
-    Backends: torch (the default), cuda (one launch; compute capability >= 8.0, V up to 2^30, not chosen by "auto"), reference.
+    Backends: torch (the default), cuda (one launch; compute capability >= 8.0, V up to 2^30, B below 2^28, not chosen by "auto"), reference.
     Papers: Fan et al. 2018, arXiv:1805.04833; Holtzman et al. 2019, arXiv:1904.09751; Nguyen et al. 2024, arXiv:2407.01082; the
     draw as in Kool et al. 2019, arXiv:1903.06059; thresholds instead of sorting: Ye et al. 2025, arXiv:2501.01005.
     """

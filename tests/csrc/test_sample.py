@@ -91,6 +91,37 @@ def test_wide_rows_in_other_orders(lib):
     assert_same(same_in_all_orders(lambda order: launch(lib, x, order, top_k=40, top_p=0.9)), x, top_k=40, top_p=0.9)
 
 
+# Four and two blocks to a row: what a cluster collects, what it draws together, and what its first block does alone.
+CLUSTERS = {
+    "plain": (3.0, {}), "top_k": (3.0, {"top_k": 40}), "top_p": (3.0, {"top_p": 0.8}), "min_p": (3.0, {"min_p": 0.05}),
+    "flat": (0.1, {"top_p": 0.9}), "greedy": (3.0, {"temperature": 0.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spread, options", CLUSTERS.values(), ids=CLUSTERS)
+def test_clusters(lib, spread, options):
+    x = spread * torch.randn(2, 16387)
+    found = launch(lib, x, **options)
+    assert_same(found, x, **options)
+    with lib.without_clusters():
+        assert torch.equal(launch(lib, x, with_logprobs=False, **options)[0], found[0])
+
+
+def test_the_large_logits_of_a_cluster_in_one_block(lib):
+    """5% of the mass are more tokens of that block than it offers."""
+    i = torch.arange(16388)
+    x = (0.01 * (i // 2048 % 4) + 0.01 * i / len(i)).expand(3, -1)  # four blocks of 512 threads with four numbers each
+    for options in ({"top_p": 0.05}, {"top_k": 300}):
+        assert_same(launch(lib, x, **options), x, **options)
+
+
+def test_clusters_in_other_orders_and_with_nothing_to_draw(lib):
+    x = (3 * torch.randn(2, 16392)).bfloat16()
+    x[1, 16000] = float("nan")
+    options = {"top_k": 20, "top_p": 0.9}
+    assert_same(same_in_all_orders(lambda order: launch(lib, x, order, **options)), x, **options)
+
+
 def test_a_vocabulary_of_128k(lib):
     x = (2.5 * torch.randn(1, 128003)).bfloat16()
     for options in ({}, {"top_k": 50, "top_p": 0.95}):
@@ -160,16 +191,23 @@ def wide(name):
     return lambda lib: test_wide_rows(lib, *WIDE[name])
 
 
+def cluster(name):
+    return lambda lib: test_clusters(lib, *CLUSTERS[name])
+
+
 # mistake -> what is written wrongly, and the test that must see it
 BUGS = {
-    "no barrier before the candidates are read": (
-        "      block_barrier();\n      const int collected", "      const int collected", options_of("top_k")),
+    "no barrier before the candidates are read": ("total = cluster_sum(total);", "", options_of("top_k")),
     "candidates beyond what is held": (
-        "if (slot < kHeld) keys[slot]", "keys[slot]", lambda lib: test_equal_logits_stay_together(lib, 2200, -3.0)),
+        "if (slot < kHeld) their_keys[slot]", "their_keys[slot]", lambda lib: test_equal_logits_stay_together(lib, 2200, -3.0)),
     "an incomplete set is taken": (
         "if (few && collected <= kHeld) held", "if (few) held", lambda lib: test_equal_logits_stay_together(lib, 2200, -3.0)),
-    "the share of the candidates, not of the row": ("(by_count ? sums[1] : sums[0])", "(sums[1])", wide("top_p")),
-    "too little mass is taken": ("if (sums[1] < target) held = 0;", "", wide("flat")),
+    "the share of the candidates, not of the row": ("(by_count ? sums[0] : total)", "(sums[0])", wide("top_p")),
+    "too little mass is taken": ("if (sums[0] < target) held = 0;", "", wide("flat")),
+    "a block's own cut": (
+        "static_cast<uint32_t>(cluster_reduce(static_cast<uint64_t>(reached), Max(), kNothing))", "reached",
+        test_the_large_logits_of_a_cluster_in_one_block),
+    "candidates kept to oneself": ("cluster_pointer(counter, 0)", "counter", cluster("top_k")),
     "a bit too far": ("above[c] += digit > c ? amount : 0", "above[c] += digit > c + 1 ? amount : 0", options_of("top_k")),
     "two zeros": ("float_bits(x + 0.0f)", "float_bits(x)", lambda lib: test_equal_logits_stay_together(lib, 40, 0.0)),
     "infinity less infinity": (
