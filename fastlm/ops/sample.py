@@ -233,7 +233,8 @@ def sample(
         ValueError: logits not [B, V] with V >= 1, a setting out of range or of another shape, on another device, an unknown or
         unsupported backend. TypeError: logits not floating point, a setting's or the seed's dtype.
 
-    Backends: torch (the default), cuda (one launch; compute capability >= 8.0, V up to 2^30, B below 2^28, not chosen by "auto"), reference.
+    Backends: torch (the default), cuda (one launch; compute capability >= 8.0, V up to 2^30, B below 2^28, not chosen by
+    "auto"), reference.
     Papers: Fan et al. 2018, arXiv:1805.04833; Holtzman et al. 2019, arXiv:1904.09751; Nguyen et al. 2024, arXiv:2407.01082; the
     draw as in Kool et al. 2019, arXiv:1903.06059; thresholds instead of sorting: Ye et al. 2025, arXiv:2501.01005.
     """
