@@ -106,6 +106,13 @@ def test_accuracy(N, K, dtype):
 
 
 @pytest.mark.usefixtures("cuda_on_the_host")
+def test_x_that_is_larger_than_shared_memory_is_divided():
+    """Eight rows of 272 kB in all: among four blocks, of which each has as much as it may."""
+    x, weight = torch.randn(8, 17000).bfloat16(), torch.randn(3, 17000).bfloat16()
+    assert_accurate(ops.linear(x, weight, backend="cuda"), F.linear(x.double(), weight.double()), F.linear(x, weight))
+
+
+@pytest.mark.usefixtures("cuda_on_the_host")
 def test_wrong_calls_are_refused_before_memory_is_touched():
     x, call = torch.randn(2, 8), torch.ops.fastlm_host.linear_fwd
     for args, words in (
