@@ -450,6 +450,7 @@ CASES = [
                 for n, d in (("float", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
             ),
             ("fence_async_global", "relay", relay_arguments),
+            ("fence_async_shared, cluster_pointer", "pass_on", lambda g: [Out(torch.zeros(6, 32)), 2]),
             ("warpgroup_id, elect_one, setmaxnreg", "groups", lambda g: [Out(torch.zeros(384).int())]),
         )
     ),

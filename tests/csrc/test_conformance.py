@@ -272,6 +272,7 @@ ORACLES = {
     "add_": additions,
     "bulk_": lambda x, out, total, pieces: [x, total + x.sum(0).to(x.dtype)],
     "relay": relay,
+    "pass_on": lambda out, fence: [100.0 * torch.tensor([2, 0, 1, 5, 3, 4])[:, None] + LANE],
     "groups": lambda out: [(1000 * (torch.arange(384) // 128) + torch.arange(384) % 128).int()],
     **dict.fromkeys(("bf16_", "fp16_"), lambda a, b, d, accumulate: [a.float() @ b.float().T + accumulate * d]),
 }  # fmt: skip

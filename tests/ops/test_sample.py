@@ -7,6 +7,7 @@ import torch
 
 from fastlm import ops
 from fastlm.generate import SamplingConfig, filter_logits
+from fastlm.ops import _cuda
 from fastlm.ops.random_bits import philox
 from fastlm.ops.sample import _Rule
 
@@ -145,6 +146,37 @@ def test_it_is_compiled_and_gives_no_gradient():
         assert not want.requires_grad
     assert ops.sample(torch.zeros(0, 5)).shape == (0,)
     assert "not measured" not in str(ops.explain(ops.sample, torch.zeros(2, 5), backend="torch"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu():
+    """The kernel draws what the reference draws, without waiting for the host, and again in a graph with another offset."""
+    if reason := _cuda.unavailable():
+        pytest.skip(reason)
+    for columns in (7, 1000, 50257, 128256):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = (3 * torch.randn(5, columns, device="cuda")).to(dtype)
+            seed = torch.tensor([9, 0], device="cuda")
+            for options in (*OPTIONS, {"temperature": 0}, {"top_p": torch.linspace(0.1, 1, 5, device="cuda")}):
+                draw = lambda backend: ops.sample(x, seed=seed, backend=backend, **options)  # noqa: B023, E731
+                want, draws = draw("reference"), draw("cuda")
+                near = int((draws != want).sum())  # rounding moves a draw between near ties, and at the edge of top_p
+                assert near <= 1, (columns, dtype, options, draws, want)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first = ops.sample(x, top_k=50, top_p=0.9, seed=seed, backend="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.sample(x, top_k=50, top_p=0.9, seed=seed, backend="cuda")
+    graph.replay()
+    assert torch.equal(captured, first)
+    seed[1] += 1
+    graph.replay()
+    assert torch.equal(captured, ops.sample(x, top_k=50, top_p=0.9, seed=seed, backend="cuda"))
 
 
 @pytest.mark.parametrize(
