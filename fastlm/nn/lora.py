@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.kernels.matmul import cast
 from fastlm.nn.quantized_linear import QuantizedLinear
-from fastlm.ops._op import autocast_dtype
+from fastlm.ops._tensor import autocast_dtype
 
 
 class LoRALinear(nn.Module):

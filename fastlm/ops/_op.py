@@ -1,4 +1,4 @@
-"""The machinery of an op: definition, backend choice, autograd wiring. It, and `_native.py`, make every private torch call.
+"""The machinery of an op: definition, backend choice, autograd wiring. (Private torch calls: `_tensor.py`, `_native.py`, here.)
 
 An op has up to four backends:
 
@@ -29,6 +29,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fastlm.ops import _cuda
+from fastlm.ops._tensor import is_eager, transforms_active
 
 BACKENDS = ("cuda", "triton", "torch", "reference")
 _KERNELS = ("cuda", "triton")  # those that need a GPU (Triton also runs in its interpreter)
@@ -38,10 +39,6 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "o
 
 # A below-autograd guard: the op's own Autograd kernel re-enters the dispatcher underneath itself.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-_transforms_active = torch._C._are_functorch_transforms_active
-_is_compiling = torch.compiler.is_compiling
-_is_tracing = torch._C._is_tracing  # torch.jit.trace
-_modes = torch._C._len_torch_dispatch_stack
 
 
 class _State(threading.local):
@@ -298,8 +295,7 @@ def at_once(backend: str, first: Any) -> bool:
         and (backend == "auto" or backend == "torch")
         and _state.chooses_freely
         and forward_ad._current_level < 0
-        and not _transforms_active()
-        and not (_is_compiling() or _is_tracing() or (_modes() and _without_values()))
+        and is_eager()
     )
 
 
@@ -336,7 +332,7 @@ def _needs_grad(args: Sequence[Any]) -> bool:
 
 
 def _transforming(tensors: Sequence[Any]) -> bool:
-    if _transforms_active():
+    if transforms_active():
         return True
     return forward_ad._current_level >= 0 and any(
         isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
@@ -365,11 +361,6 @@ def _kernel_reason(backend: str, dtypes: tuple, tensors: Sequence[Any]) -> str |
     return _cuda.unavailable() if backend == "cuda" else None
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether the tensor stands for a batch of them, as cotangents do under autograd.grad(is_grads_batched=True)."""
-    return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
-
-
 def missing_backends() -> dict[str, str]:
     """Backends that cannot run on this machine at all, with the reason (for `fastlm doctor`)."""
     missing = {}
@@ -381,64 +372,3 @@ def missing_backends() -> dict[str, str]:
     if library or not torch.cuda.is_available():
         missing["cuda"] = library or "no CUDA GPU"
     return missing
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype autocast asks for on this tensor's device, or None where autocast is off."""
-    device = tensor.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """fp32 for 16-bit inputs, else the tensor's own: the dtype in which a reference computes."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _without_values() -> bool:
-    """Whether calls are recorded, or run without values, by a mode of torch's: make_fx, FakeTensorMode, functionalisation."""
-    keys = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
-
-
-def can_read(tensor: Tensor) -> bool:
-    """Whether what is done may depend on the tensor's values: a plain CPU tensor or parameter, where reading costs no sync,
-    eagerly and outside of everything that records or transforms."""
-    if _is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.is_cpu:
-        return False
-    return not (_transforms_active() or _is_tracing() or (_modes() and _without_values()))
-
-
-def host_values(tensor: Tensor) -> list | None:
-    """The tensor's values as a list where one `can_read` them, else None (no sync, no graph break)."""
-    return tensor.tolist() if can_read(tensor) else None
-
-
-def grad_of(fn: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """Gradients of `fn(*inputs)` (a tensor or a tuple), for a `backward_reference`: differentiable ones, unless grad mode is off,
-    as it is for a batch of cotangents that a hand-written backward cannot take.
-
-    Every gradient exists, also of inputs that require none. None in, None out.
-    """
-
-    def twin(t: Tensor | None) -> Tensor | None:
-        # A view of its own: one input may be computed from another (a residual sum from the same node as y), and
-        # autograd.grad on the inputs themselves would follow that path too and add it to the other's gradient.
-        return t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-
-    graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        twins = [twin(t) for t in inputs]
-        outputs = fn(*twins)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
-    live = [t for t in twins if t is not None]
-    found = iter(
-        torch.autograd.grad([o for o, _ in pairs], live, [g for _, g in pairs], create_graph=graph, allow_unused=True)
-    )
-    result = []
-    for t in twins:
-        grad = next(found) if t is not None else None
-        result.append(torch.zeros_like(t) if grad is None and t is not None else grad)
-    return result

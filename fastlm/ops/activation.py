@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._op import Op, compute_dtype, grad_of
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import compute_dtype, grad_of
 
 FORMS = {
     "gelu": F.gelu,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops._op import Op, host_values
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import host_values
 from fastlm.ops.rotary import OP as ROTARY
 
 _INTEGERS = (torch.int32, torch.int64)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastlm.ops import attention_cuda, attention_torch
 from fastlm.ops._cuda import not_measured
-from fastlm.ops._op import Op, grad_of
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import grad_of
 from fastlm.ops.attention_options import RelativeBias, make_call
 from fastlm.ops.attention_reference import Call, reference
 from fastlm.ops.block_mask import BlockMask

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._op import grad_of
+from fastlm.ops._tensor import grad_of
 
 _QUERIES = 64  # in a block
 _LONGEST = 512  # tokens, beyond which torch's backward catches up

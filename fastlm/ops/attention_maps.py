@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastlm.ops._op import compute_dtype
+from fastlm.ops._tensor import compute_dtype
 from fastlm.ops.attention_options import make_call
 from fastlm.ops.attention_reference import Call, scores_and_mask
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._op import autocast_dtype, host_values
+from fastlm.ops._tensor import autocast_dtype, host_values
 from fastlm.ops.attention_reference import FROM_START, TO_END, TO_SEEN, Call, Extras
 from fastlm.ops.block_mask import BlockMask
 from fastlm.ops.random_bits import seed_tensor

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops._op import compute_dtype
+from fastlm.ops._tensor import compute_dtype
 from fastlm.ops.block_mask import BlockMask
 from fastlm.ops.random_bits import philox
 

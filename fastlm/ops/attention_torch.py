@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops import attention_cpu
-from fastlm.ops._op import host_values
+from fastlm.ops._tensor import host_values
 from fastlm.ops.attention_reference import (
     FROM_START,
     HIDDEN,

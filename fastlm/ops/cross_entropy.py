@@ -12,7 +12,8 @@ from fastlm.kernels.chunked_loss import inverse
 from fastlm.ops import loss_checks as checks
 from fastlm.ops._cuda import not_measured
 from fastlm.ops._native import MEAN, cross_entropy_loss
-from fastlm.ops._op import Op, at_once, can_read, compute_dtype, grad_of
+from fastlm.ops._op import Op, at_once
+from fastlm.ops._tensor import can_read, compute_dtype, grad_of
 
 
 def _scaled(input, scale, softcap):

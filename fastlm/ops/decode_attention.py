@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastlm.ops import attention_torch
 from fastlm.ops._cuda import not_measured
-from fastlm.ops._op import Op, autocast_dtype, host_values
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import autocast_dtype, host_values
 from fastlm.ops.append_kv import check_no_gradient, check_pages, check_per_row, places_of_cache
 from fastlm.ops.attention_options import RelativeBias
 from fastlm.ops.attention_reference import TO_SEEN, Call, Extras

@@ -9,7 +9,8 @@ from torch import Tensor
 from fastlm.kernels import fp8_linear as steps
 from fastlm.kernels.matmul import empty_grad
 from fastlm.ops._native import scaled_product
-from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import autocast_dtype, compute_dtype, grad_of
 
 _SCALINGS = ("row", "tensor")
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.kernels.chunked_loss import inverse
-from fastlm.ops._op import Op, at_once, can_read, compute_dtype, grad_of
+from fastlm.ops._op import Op, at_once
+from fastlm.ops._tensor import can_read, compute_dtype, grad_of
 from fastlm.ops.loss_checks import check_denominator, ordinary
 from fastlm.ops.loss_gradients import save, saved
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from fastlm.kernels.linear import linear_bwd
 from fastlm.kernels.matmul import empty_grad
 from fastlm.ops._cuda import not_measured
-from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import autocast_dtype, compute_dtype, grad_of
 
 _MOST_ROWS, _MOST_COLUMNS, _MOST_OUTPUTS = 8, 1 << 30, 1 << 31  # csrc/few_rows.h
 

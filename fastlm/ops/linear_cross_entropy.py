@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastlm.kernels import chunked_loss
 from fastlm.ops import loss_checks as checks
-from fastlm.ops._op import Op, autocast_dtype, compute_dtype, host_values
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import autocast_dtype, compute_dtype, host_values
 from fastlm.ops.cross_entropy import without_bad_rows
 from fastlm.ops.loss_gradients import NEED, empty_gradients, scaled, wire
 from fastlm.ops.loss_rows import cross_entropy_rows

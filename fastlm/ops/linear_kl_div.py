@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastlm.kernels import linear_kl_div as loop
 from fastlm.ops import loss_checks as checks
-from fastlm.ops._op import Op, autocast_dtype, compute_dtype
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import autocast_dtype, compute_dtype
 from fastlm.ops.kl_div import check_options, divergence, reduced, torch_rows
 from fastlm.ops.loss_gradients import NEED, empty_gradients, scaled, wire
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastlm.kernels import chunked_loss
 from fastlm.ops import loss_checks as checks
-from fastlm.ops._op import Op, autocast_dtype, compute_dtype, grad_of
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import autocast_dtype, compute_dtype, grad_of
 from fastlm.ops.loss_rows import gradient, statistics
 
 _SMALL = 1 << 15  # logits up to which the CPU takes torch's own calls, of which autograd makes fewer than _Kept

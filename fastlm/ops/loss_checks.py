@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops._op import can_read, compute_dtype
+from fastlm.ops._tensor import can_read, compute_dtype
 
 
 def check_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:

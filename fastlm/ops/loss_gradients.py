@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops._op import Op, grad_of, is_batched
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import grad_of, is_batched
 
 NEED = slice(-4, -1)  # where the three need_* flags stand among the options
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastlm.kernels import mlp as steps
 from fastlm.kernels.matmul import cast, empty_grad
-from fastlm.ops._op import Op, at_once, autocast_dtype, compute_dtype, grad_of
+from fastlm.ops._op import Op, at_once
+from fastlm.ops._tensor import autocast_dtype, compute_dtype, grad_of
 from fastlm.ops.activation import FORMS, check_kind
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlm.ops._op import Op, compute_dtype
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import compute_dtype
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, kellerjordan.github.io/posts/muon
 # Amsel et al. 2025, arXiv:2505.16932: the best polynomial for what the steps before it leave, for singular values from 1e-3 on.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops._op import compute_dtype
+from fastlm.ops._tensor import compute_dtype
 from fastlm.ops.random_bits import philox
 
 _COUNTERS = 1 << 15  # of Philox at a time on the CPU: what it computes with stays in the cache

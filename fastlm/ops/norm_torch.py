@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlm.ops._op import compute_dtype, grad_of, is_batched
+from fastlm.ops._tensor import compute_dtype, grad_of, is_batched
 from fastlm.ops.norm_reference import dropped, normalised
 
 # 16-bit elements up to which torch's LayerNorm of an fp32 copy costs less, with its backward, than a Function of Python.

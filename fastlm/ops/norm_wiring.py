@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastlm.ops._cuda import not_measured
-from fastlm.ops._op import Op, compute_dtype, grad_of
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import compute_dtype, grad_of
 from fastlm.ops.norm_reference import dropped, norm_reference, normalised
 from fastlm.ops.random_bits import seed_tensor
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastlm.ops._cuda import not_measured
-from fastlm.ops._op import Op, compute_dtype
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import compute_dtype
 from fastlm.ops.block_quantize import BLOCK, block_dequantize, block_quantize
 from fastlm.ops.master_weights import join_master, random_halves, round_stochastic, split_master
 from fastlm.ops.optimizer_lists import Lists, check_lengths, groups_of, in_one_order

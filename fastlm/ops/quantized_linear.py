@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.ops._cuda import not_measured
-from fastlm.ops._op import Op, autocast_dtype, compute_dtype
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import autocast_dtype, compute_dtype
 from fastlm.ops.linear import why_not_few_rows
 from fastlm.ops.quantize import GROUPS, dequantize_weight
 from fastlm.ops.quantized_cpu import by_codes, few_rows_product, gradient_by_codes

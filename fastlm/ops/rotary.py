@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops._op import Op, can_read, compute_dtype, host_values, is_batched
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import can_read, compute_dtype, host_values, is_batched
 
 _FEW = 1 << 14  # elements of q below which the time is that of the calls, not of the memory
 

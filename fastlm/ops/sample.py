@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastlm.ops._cuda import not_measured
-from fastlm.ops._op import Op, can_read, compute_dtype
+from fastlm.ops._op import Op
+from fastlm.ops._tensor import can_read, compute_dtype
 from fastlm.ops.random_bits import philox, seed_tensor
 
 _STREAM = 0x73616D70  # third word of the counter: other numbers than dropout's

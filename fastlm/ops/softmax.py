@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastlm.ops._cuda import not_measured
 from fastlm.ops._native import softmax_gradient
-from fastlm.ops._op import Op, at_once, can_read, compute_dtype, is_batched
+from fastlm.ops._op import Op, at_once
+from fastlm.ops._tensor import can_read, compute_dtype, is_batched
 
 _WIDEST = 262144
 _FEW = 1 << 14  # elements up to which autograd's own steps cost less than a Function of Python

@@ -19,7 +19,8 @@ from fastlm.ops import linear_cross_entropy as whole_cross_entropy
 from fastlm.ops import linear_logprobs as whole_logprobs
 from fastlm.ops import loss_checks as checks
 from fastlm.ops import loss_rows
-from fastlm.ops._op import REGISTRY, compute_dtype
+from fastlm.ops._op import REGISTRY
+from fastlm.ops._tensor import compute_dtype
 from fastlm.ops.loss_gradients import scale_in_place
 
 _IGNORED = -(1 << 62)  # a target that no shift makes

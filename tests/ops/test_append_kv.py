@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastlm import ops
-from fastlm.ops._op import host_values
+from fastlm.ops._tensor import host_values
 from fastlm.ops.append_kv import OP, append_kv_
 from fastlm.testing import bands_intact, guarded, planted_bug, poison_empty
 
