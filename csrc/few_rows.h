@@ -8,16 +8,17 @@
 //   step. kDepth steps, 2 * 16 * kDepth bytes a lane, are on their way before the first is used, and before x is there.
 //   What a lane has read is what it must hold as A, once k is renumbered: the sum over k has no order of its own. x is put into
 //   shared memory by that numbering, so that B, too, is read in 16 bytes.
-//   Codes become 16-bit numbers less their zero point, exactly (integers up to 256); the scale of a group goes onto its fp32 sums,
-//   so W itself is never rounded. From 4 bits: `(~w & 0x000f000f) | magic` is two numbers 2^7 + 15 - code (2^10 in fp16), of
-//   which one subtraction makes code - zero (after Kim et al. 2022, arXiv:2211.10017, and Marlin, Frantar et al. 2024,
+//   Codes become 16-bit numbers less their zero point, exactly (integers up to 256); the scale of a group goes onto its fp32
+//   sums, so W itself is never rounded. From 4 bits: `(~w & 0x000f000f) | magic` is two numbers 2^7 + 15 - code (2^10 in fp16),
+//   of which one subtraction makes code - zero (after Kim et al. 2022, arXiv:2211.10017, and Marlin, Frantar et al. 2024,
 //   arXiv:2408.11743; counting down from 15 keeps zero points up to 255 exact in bf16).
 //   Where a group is shorter than 64 bytes, the four lanes first exchange words, so that each product is of one group.
 //
 // The eight warps of a block own 1, 2, 4 or 8 such tiles of W, and share their columns; their sums are added in order. Where that
 // makes too few blocks, blocks share columns too (`splits`) and a second kernel adds, in order.
 //
-// fp32 x, and weights whose rows do not all begin and end at multiples of 16 bytes, go by plain fp32 multiply-adds: a warp to two rows.
+// fp32 x, and weights whose rows do not all begin and end at multiples of 16 bytes, go by plain fp32 multiply-adds: a warp to two
+// rows.
 #pragma once
 
 #include "device/device.h"
@@ -90,7 +91,7 @@ struct Codes {
     return pack(c, c);
   }
 
-  // int8: bytes 0 and 1, bytes 2 and 3. int4: bytes 0 and 2, bytes 1 and 3, of the low halves if `half` is 0, else of the high ones.
+  // int8: bytes 0 and 1, bytes 2 and 3. int4: bytes 0 and 2, bytes 1 and 3, of the low halves if `half` is 0, else the high ones.
   DEVICE static void unpack(uint32_t word, int half, uint32_t centre, uint32_t& first, uint32_t& second) {
     if constexpr (BITS == 4) {
       first = packed_subtract<X>(centre, bitwise<kInvert>(word >> 4 * half, 0x000f000f, kMagic));
@@ -124,7 +125,7 @@ DEVICE void exchange(Vector<uint32_t, 4>& w) {
   }
 }
 
-// x in shared memory: for every step and row of x, BITS / 16 * 4 pieces of 8 numbers; piece 4 * q + t is what lane t multiplies with
+// x in shared memory: for every step and row of x, 64 / BITS pieces of 8 numbers; piece 4 * q + t is what lane t multiplies with
 // its words 2 q and 2 q + 1 (int8), its word q (int4), or all four (16 bits).
 template <int BITS>
 constexpr int kStepColumns = kStepBytes * 8 / BITS;
@@ -153,15 +154,21 @@ struct XStore {
   uint32_t inverse;  // of pieces, times 2^32, rounded up: exact where products stay below 2^32, as those of shared memory do
 
   DEVICE XStore(const fastlm_linear& args, Shared<X> place, int elements, int first, int steps)
-      : a(args), to(place), pitch(elements), first_step(first), pieces(steps * PIECES), inverse(0xffffffffu / maximum(pieces, 2) + 1) {}
+      : a(args),
+        to(place),
+        pitch(elements),
+        first_step(first),
+        pieces(steps * PIECES),
+        inverse(0xffffffffu / maximum(pieces, 2) + 1) {}
 
   // The row of piece i, all counted through.
   DEVICE int row_of(int i) const { return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(i)) * inverse >> 32); }
 
-  // The four numbers of a half of a piece of a row, and zeros past the end of the row. IN_VECTORS: the row goes on, and is aligned to 8 bytes.
+  // The four numbers of a half of a piece of a row, and zeros past the row's end. IN_VECTORS: it goes on, aligned to 8 bytes.
   template <bool IN_VECTORS>
   DEVICE Vector<X, 4> read(int row, int piece, int half) const {
-    const int column = (first_step + piece / PIECES) * kStepColumns<BITS> + piece_column<BITS, GROUPS>(piece % PIECES, half, a.group_size);
+    const int column =
+        (first_step + piece / PIECES) * kStepColumns<BITS> + piece_column<BITS, GROUPS>(piece % PIECES, half, a.group_size);
     const Global<const X> x = Global<const X>(static_cast<const X*>(a.x)) + row_start(a.x_rows, row) + column;
     Vector<X, 4> v;
     if constexpr (IN_VECTORS) {
@@ -179,7 +186,9 @@ struct XStore {
   DEVICE void write(int row, int piece, const Vector<X, 4> (&halves)[2]) const {
     Vector<X, 8> out;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) out[BITS == 4 ? j / 4 * 4 + j % 4 / 2 + j % 2 * 2 : j] = halves[j / 4][j % 4];  // as `unpack` pairs them
+    for (int j = 0; j < 8; ++j) {  // as `unpack` pairs them
+      out[BITS == 4 ? j / 4 * 4 + j % 4 / 2 + j % 2 * 2 : j] = halves[j / 4][j % 4];
+    }
     store_vector(to + (row * pitch + piece * 8), out);
   }
 
@@ -334,7 +343,7 @@ few_rows_kernel(const fastlm_linear a, int tiles, int units, int share, bool x_v
   Fetched ahead[kDepth];
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) w.fetch(begin + d, end, ahead[d]);
-  const int inside = x_vectors ? minimum(static_cast<int>(a.columns) / kStepColumns<BITS>, last) : 0;  // steps before the row ends
+  const int inside = x_vectors ? minimum(static_cast<int>(a.columns) / kStepColumns<BITS>, last) : 0;  // of the row
   const int middle = maximum(inside, first);
   XStore<X, BITS, GROUPS>(a, x, pitch, first, middle - first).template run<true, 4>();
   XStore<X, BITS, GROUPS>(a, x + (middle - first) * kStepColumns<BITS>, pitch, middle, last - middle).template run<false, 1>();
@@ -507,7 +516,7 @@ inline bool whole_vectors(const fastlm_linear& a) {
 
 inline bool by_tensor_cores(const fastlm_linear& a) { return a.x_dtype != FASTLM_FLOAT32 && whole_vectors(a); }
 
-// Tiles of W of a block: so many that reading x, once per block, costs at most a fourth of reading them, and not more than there are.
+// Tiles of W of a block: so many that reading x, once per block, costs at most a fourth of reading them; not more than there are.
 inline int tiles_of(const fastlm_linear& a) {
   int tiles = 1;
   while (tiles < kWarps && tiles * a.bits < 4 * a.rows && tiles * kTile < a.outputs) tiles *= 2;
@@ -533,7 +542,8 @@ int start_tiles(const fastlm_linear& a, void* stream) {
                      static_cast<int>(a.rows) * pitch_of(share, kStepColumns<BITS>) * 2;
   if (share > kMostShared / 64 || shared > kMostShared) return kInvalidValue;
   if (a.splits > 1 && !a.partial) return kInvalidValue;
-  const bool vectors = reinterpret_cast<uintptr_t>(a.x) % 8 == 0 && a.x_rows.outer_stride % 4 == 0 && a.x_rows.inner_stride % 4 == 0;
+  const bool vectors =
+      reinterpret_cast<uintptr_t>(a.x) % 8 == 0 && a.x_rows.outer_stride % 4 == 0 && a.x_rows.inner_stride % 4 == 0;
   const Dim grid{static_cast<int>(ceil_div<int64_t>(a.outputs, tiles * kTile)), a.splits};
   const int error = launch(few_rows_kernel<X, BITS, GROUPS>, grid, 32 * kWarps, shared, stream, a, tiles,
                            static_cast<int>(row_bytes(a) / 16), share, vectors);
@@ -546,7 +556,8 @@ template <class X, int BITS, bool VECTORS>
 int start_plain(const fastlm_linear& a, void* stream) {
   if (a.splits != 1) return kInvalidValue;
   const Dim grid{static_cast<int>(ceil_div<int64_t>(a.outputs, kPlainWarps * kPlainRows))};
-  return launch(plain_kernel<X, BITS, VECTORS>, grid, 32 * kPlainWarps, 0, stream, a, static_cast<int>(row_bytes(a) / kPlainUnit<BITS, VECTORS>));
+  return launch(plain_kernel<X, BITS, VECTORS>, grid, 32 * kPlainWarps, 0, stream, a,
+                static_cast<int>(row_bytes(a) / kPlainUnit<BITS, VECTORS>));
 }
 
 inline bool in_range(const fastlm_linear& a) {

@@ -1,4 +1,4 @@
-// x W^T + bias for up to eight rows of x and a weight of x's dtype (fastlm/ops/linear.py has the contract; the kernels: few_rows.h).
+// x W^T + bias for up to eight rows of x and a weight of x's dtype (fastlm/ops/linear.py has the contract; kernels: few_rows.h).
 
 #include "few_rows.h"
 #include "linear.h"
@@ -23,7 +23,8 @@ extern "C" int fastlm_linear_fwd(const fastlm_linear* args, void* stream) {
   const fastlm_linear& a = *args;
   if (!in_range(a) || a.scale || a.zero || a.bits != (a.x_dtype == FASTLM_FLOAT32 ? 32 : 16)) return kInvalidValue;
   switch (a.x_dtype) {
-    case FASTLM_FLOAT32: return whole_vectors(a) ? start_plain<float, 32, true>(a, stream) : start_plain<float, 32, false>(a, stream);
+    case FASTLM_FLOAT32:
+      return whole_vectors(a) ? start_plain<float, 32, true>(a, stream) : start_plain<float, 32, false>(a, stream);
     case FASTLM_BFLOAT16: return start_for<bf16>(a, stream);
     case FASTLM_FLOAT16: return start_for<fp16>(a, stream);
     default: return kInvalidValue;

@@ -22,7 +22,7 @@ typedef struct {
   int32_t x_dtype, scale_dtype, bias_dtype;  // fastlm_dtype
   int32_t bits;           // 32, 16, 8 or 4
   int32_t group_size;     // columns that share a scale: 32, 64 or 128; 0 for all of a row
-  int32_t splits;         // how many blocks share the columns of a row, from fastlm_linear_splits; y does not depend on when they run
+  int32_t splits;         // how many blocks share the columns of a row, from fastlm_linear_splits; their sums are added in order
 } fastlm_linear;
 
 FASTLM_LAUNCHER fastlm_linear_fwd(const fastlm_linear* args, void* stream);  // bits 16 and 32

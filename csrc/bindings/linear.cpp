@@ -10,7 +10,8 @@ Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Ten
   const char* op = "linear";
   check_device(op, "x", x, x);
   check_device(op, "weight", weight, x);
-  STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && weight.size(1) == x.size(-1), op, ": x must be [..., K] and weight [N, K]");
+  STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && weight.size(1) == x.size(-1), op,
+                  ": x must be [..., K] and weight [N, K]");
   STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), op, ": weight must have x's dtype");
   const DeviceGuard guard(x.get_device_index());
   fastlm_linear args{};

@@ -19,7 +19,8 @@ Tensor quantized_linear_fwd(const Tensor& x, const Tensor& codes, const Tensor& 
   const ScalarType kind = bits == 8 ? ScalarType::Char : ScalarType::Byte;
   STD_TORCH_CHECK(codes.scalar_type() == kind, op, ": codes must be int8 for 8 bits, uint8 for 4");
   const int64_t groups = group_size ? (x.size(-1) + group_size - 1) / group_size : 1;
-  STD_TORCH_CHECK(codes.size(1) == (bits == 8 ? x.size(-1) : groups * group_size / 2), op, ": codes do not fit x's last dimension");
+  STD_TORCH_CHECK(codes.size(1) == (bits == 8 ? x.size(-1) : groups * group_size / 2), op,
+                  ": codes do not fit x's last dimension");
   STD_TORCH_CHECK(scale.numel() == codes.size(0) * groups, op, ": scale must have one number for each row and group of codes");
   const DeviceGuard guard(x.get_device_index());
   fastlm_linear args{};
@@ -31,7 +32,8 @@ Tensor quantized_linear_fwd(const Tensor& x, const Tensor& codes, const Tensor& 
   std::optional<Tensor> zeros;
   if (zero) {
     check_device(op, "zero", *zero, x);
-    STD_TORCH_CHECK(zero->scalar_type() == kind && zero->numel() == scale.numel(), op, ": zero must be like scale, of codes' dtype");
+    STD_TORCH_CHECK(zero->scalar_type() == kind && zero->numel() == scale.numel(), op,
+                    ": zero must be like scale, of codes' dtype");
     zeros = stable::contiguous(*zero);
     args.zero = zeros->const_data_ptr();
   }

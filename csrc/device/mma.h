@@ -1,4 +1,4 @@
-// 16-bit numbers two to a register, and the warp's matrix product on them, for both bodies. A kernel includes this after device.h.
+// 16-bit numbers two to a register, and the warp's matrix product on them, for both bodies.
 //
 //   pack(a, b)                      two bf16 or fp16 in a register, a in its low half
 //   packed_subtract<T>(a, b)        a - b of both halves, each rounded to T
@@ -122,7 +122,7 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], W
   std::memcpy(mine.turns[turn].a, a, sizeof(a));
   std::memcpy(mine.turns[turn].b, b, sizeof(b));
   mine.next ^= 1;
-  const uint64_t turns = host::meet(host::Kind::vote, "mma", kAllLanes, turn, 0, at);  // of all lanes: they were in other warps before
+  const uint64_t turns = host::meet(host::Kind::vote, "mma", kAllLanes, turn, 0, at);  // of all lanes: once in other warps
   const auto of = [&](int lane) -> const host::Operands& { return host::brought[warp[lane].get()].turns[turns >> lane & 1]; };
   const int g = lane_id() / 4, t = lane_id() % 4;
   for (int i = 0; i < 4; ++i) {
