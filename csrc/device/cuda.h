@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 namespace device {
 
 using bf16 = __nv_bfloat16;
@@ -96,8 +98,13 @@ DEVICE void store_vector(T* p, const Vector<T, N>& v, Where = {}) {
   memcpy(&word, &v, sizeof(word));
   if constexpr (CACHE == Cache::streaming) {
     __stcs(reinterpret_cast<W*>(p), word);
-  } else if constexpr (sizeof(W) == 16) {  // in assembly: the compiler takes 16-bit floats apart again and stores 4 bytes at a time
-    asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w) : "memory");
+  } else if constexpr (sizeof(W) == 16) {
+    // One number, as the compiler takes 16-bit floats, and at times words, apart again and stores 4 bytes at a time; through
+    // assembly, as it builds such a number in memory otherwise. The store itself is not assembly: the compiler knows whether it
+    // goes to global or to shared memory.
+    asm("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
+    const uint64_t low = uint64_t{word.y} << 32 | word.x, high = uint64_t{word.w} << 32 | word.z;
+    *reinterpret_cast<unsigned __int128*>(p) = static_cast<unsigned __int128>(high) << 64 | low;
   } else {
     *reinterpret_cast<W*>(p) = word;
   }
@@ -215,14 +222,35 @@ inline int fill_zero(void* p, size_t bytes, void* stream) {
   return static_cast<int>(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-// Launches. Shared memory, static and dynamic, of more than 48 KB must be asked for.
+// Shared memory, static and dynamic, of more than 48 KB must be asked for. What was asked for is one number of a kernel and a
+// device, so every launch asks for the same, the most that there is: if each asked for its own size, one of little shared memory
+// would, on another thread, take it away from one of much before that has started. 0 or an error code.
+inline int allow_shared_memory(const void* kernel) {
+  static std::atomic<uint64_t> asked[256];  // kernel and device, each at its place; one that lost its place is asked for again
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return static_cast<int>(error);
+  const uint64_t key = device < 255 ? static_cast<uint64_t>(reinterpret_cast<uintptr_t>(kernel)) << 8 | (device + 1) : 0;
+  std::atomic<uint64_t>& place = asked[key * 0x9e3779b97f4a7c15u >> 56];
+  if (key != 0 && place.load(std::memory_order_acquire) == key) return 0;
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - static_cast<int>(attributes.sharedSizeBytes));
+  }
+  if (error == cudaSuccess && key != 0) place.store(key, std::memory_order_release);
+  return static_cast<int>(error);
+}
+
+// Launches.
 template <class... Parameters, class... Arguments>
 int launch_with(cudaLaunchAttribute* attributes, int count, void (*kernel)(Parameters...), Dim grid, int threads,
                 int shared_bytes, void* stream, Arguments... arguments) {
   if (shared_bytes > 0) {
-    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return static_cast<int>(error);
+    const int error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
+    if (error) return error;
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid.x, grid.y, grid.z);

@@ -259,7 +259,8 @@ def test_rows_move_in_16_bytes(tmp_path):
     for text in kernels:
         backward = "bwd" in text.split("(")[0]
         assert len(re.findall(r"\bld\.global(?:\.cs)?\.v4\.u32\b", text)) == 4  # all under way at once
-        assert len(re.findall(r"\bst\.v4\.b32\b", text)) == (5 if backward else 0)  # and the zeros of an ignored row
+        stores = len(re.findall(r"\bst\.global\.v2\.u64\b", text))
+        assert stores == (5 if backward else 0)  # and the zeros of an ignored row
 
 
 # --- through the op ---

@@ -267,7 +267,8 @@ def test_on_a_gpu(name):
 
 @needs_nvcc
 def test_weights_are_read_in_16_bytes_four_steps_ahead(tmp_path):
-    """Two rows of a step in each load; four steps before the loop, and four in it."""
+    """Two rows of a step in each load; four steps before the loop, and four in it. x goes to shared memory in 16 bytes, by
+    instructions of shared memory."""
     ptx = tmp_path / "quantized_linear.ptx"
     subprocess.run([build_library.find_nvcc(), "-std=c++20", "-O3", "-I", CSRC, "-arch=sm_80", "-ptx",
                     CSRC / "quantized_linear.cu", "-o", ptx], check=True, capture_output=True)  # fmt: skip
@@ -276,3 +277,4 @@ def test_weights_are_read_in_16_bytes_four_steps_ahead(tmp_path):
     for text in kernels:
         assert re.findall(r"\bld\.global\.cs(\S*)", text) == [".v4.u32"] * 16
         assert len(re.findall(r"\bmma\.sync", text)) in (16, 32)
+        assert re.findall(r"\bst(\S*\.v\d\S*)", text) == [".shared.v2.u64"] * 5
