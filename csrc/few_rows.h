@@ -35,8 +35,9 @@ constexpr int kWarps = 8;
 constexpr int kDepth = 4;       // steps on their way
 constexpr int kStepBytes = 64;  // of a row of W
 constexpr int kMostShared = 96 << 10;
-constexpr int64_t kMostColumns = 1 << 30;
-constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+constexpr int64_t kMostColumns = 1 << 28;  // eight rows of x of so many are divided among fewer than kMostSplits blocks
+constexpr int kInvalidValue = 1;           // cudaErrorInvalidValue
+constexpr int kMostSplits = 65535;         // the height of a grid
 
 // How the columns of a row of codes are scaled.
 enum class Groups {
@@ -562,7 +563,7 @@ int start_plain(const fastlm_linear& a, void* stream) {
 
 inline bool in_range(const fastlm_linear& a) {
   return a.rows >= 1 && a.rows <= kRows && a.columns >= 1 && a.columns <= kMostColumns && a.outputs >= 1 &&
-         a.outputs <= 0x7fffffff && a.splits >= 1 && a.splits <= 65535;
+         a.outputs <= 0x7fffffff && a.splits >= 1 && a.splits <= kMostSplits;
 }
 
 }  // namespace few_rows

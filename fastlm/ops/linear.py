@@ -14,7 +14,7 @@ from fastlm.ops._cuda import not_measured
 from fastlm.ops._op import Op
 from fastlm.ops._tensor import autocast_dtype, compute_dtype, grad_of
 
-_MOST_ROWS, _MOST_COLUMNS, _MOST_OUTPUTS = 8, 1 << 30, 1 << 31  # csrc/few_rows.h
+_MOST_ROWS, _MOST_COLUMNS, _MOST_OUTPUTS = 8, 1 << 28, 1 << 31  # csrc/few_rows.h
 
 
 def why_not_few_rows(x: Tensor, weight: Tensor) -> str | None:
@@ -23,7 +23,7 @@ def why_not_few_rows(x: Tensor, weight: Tensor) -> str | None:
     if rows > _MOST_ROWS:
         return f"it takes at most {_MOST_ROWS} rows of x, got {rows}"
     if not 0 < columns <= _MOST_COLUMNS or weight.shape[0] >= _MOST_OUTPUTS:
-        return f"x must have 1 to 2^30 columns and the weight fewer than 2^31 rows, got {columns} and {weight.shape[0]}"
+        return f"x must have 1 to 2^28 columns and the weight fewer than 2^31 rows, got {columns} and {weight.shape[0]}"
     return None
 
 
@@ -126,8 +126,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         floating point.
 
     Backends: torch: torch.nn.functional.linear, with torch's own gradient. cuda on compute capability >= 8.0, for decoding: up to
-    eight rows of x, a kernel that reads the weight once, in 16-byte loads, and multiplies it on tensor cores (fp32: by plain
-    multiply-adds); the backward is torch's products; not chosen by "auto". reference.
+    eight rows of x of at most 2^28 columns, a kernel that reads the weight once, in 16-byte loads, and multiplies it on tensor
+    cores (fp32: by plain multiply-adds); a weight whose rows do not all begin and end at multiples of 16 bytes it reads one at a
+    time, and multiplies by plain multiply-adds; the backward is torch's products; not chosen by "auto". reference.
     """
     _check(x, weight, bias)
     dtype = autocast_dtype(x)

@@ -183,9 +183,11 @@ def quantized_linear(
     fp32; more rows: tensor cores on the codes themselves, which 16 bits hold exactly, and the scale on the fp32 sums of a group
     (on the weight, rounded to x's dtype, in the backward). torch: a product with the dequantised weight; on the CPU, int8 codes
     without groups and zeros go to torch's int8 products, see fastlm/ops/quantized_cpu.py. cuda on compute capability >= 8.0, to
-    eight rows of x: 16-bit x on tensor cores, as triton's many rows, fp32 by plain multiply-adds; the backward is torch's; not
-    chosen by "auto". reference. `auto` takes triton up to 16 rows. Papers: Dettmers et al. 2022, arXiv:2208.07339 (int8), 2023,
-    arXiv:2305.14314 (QLoRA); Frantar et al. 2022, arXiv:2210.17323 (groups), 2024, arXiv:2408.11743 (few rows on tensor cores).
+    eight rows of x of at most 2^28 columns: 16-bit x on tensor cores, as triton's many rows, fp32 by plain multiply-adds, and so
+    any x where rows of codes do not all begin and end at multiples of 16 bytes, read one code at a time; the backward is torch's;
+    not chosen by "auto". reference. `auto` takes triton up to 16 rows. Papers: Dettmers et al. 2022, arXiv:2208.07339 (int8),
+    2023, arXiv:2305.14314 (QLoRA); Frantar et al. 2022, arXiv:2210.17323 (groups), 2024, arXiv:2408.11743 (few rows on tensor
+    cores).
     """
     group_size = 0 if group_size is None else group_size
     _check(x, codes, scale, zero, bias, bits, group_size)

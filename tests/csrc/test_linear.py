@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastlm import ops
 from fastlm.ops import _cuda
+from fastlm.ops.linear import _MOST_COLUMNS
 from fastlm.testing import assert_accurate, check_accuracy, check_guards, check_op
 from tests.csrc.host_library import DTYPES, HostError, In, Out, library, needs_compiler, same_in_all_orders
 from tests.ops.test_linear import case_of
@@ -89,6 +90,27 @@ def test_wrong_arguments_are_refused(lib):
     ):
         with pytest.raises(HostError, match="returned 1: no report"):
             wrong()
+
+
+@pytest.mark.parametrize("multiprocessors", (1, 132))
+@pytest.mark.parametrize("rows", (1, 8))
+def test_the_widest_x_is_divided_among_blocks_that_a_grid_has_and_fits_into_each(lib, rows, multiprocessors):
+    x, weight = torch.empty(rows, _MOST_COLUMNS, dtype=BF16, device="meta"), torch.empty(1, dtype=BF16)
+    args = lib._argument("args", {
+        "x": None, "weight": In(weight), "scale": None, "zero": None, "bias": None, "y": None, "partial": None, "rows": rows,
+        "columns": x.shape[1], "outputs": 17, "weight_stride": 2 * x.shape[1], "x_rows": (1, x.shape[1], 0),
+        "x_dtype": c_int32(DTYPES[BF16]), "scale_dtype": c_int32(0), "bias_dtype": c_int32(0), "bits": c_int32(16),
+        "group_size": c_int32(0), "splits": c_int32(0),
+    })  # fmt: skip
+    splits = lib._dll.fastlm_linear_splits(args, c_int32(multiprocessors))
+    assert 1 < splits <= 65535 and -(-x.shape[1] // splits) * 2 * rows < 96 << 10
+
+
+@pytest.mark.usefixtures("cuda_on_the_host")
+def test_wider_x_is_a_reason():
+    x = torch.empty(1, _MOST_COLUMNS + 1, device="meta")
+    with pytest.raises(ValueError, match=r"1 to 2\^28 columns"):
+        ops.linear(x, x, backend="cuda")
 
 
 @pytest.mark.usefixtures("cuda_on_the_host")
