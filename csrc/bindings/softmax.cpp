@@ -76,13 +76,14 @@ Tensor softmax_of(const Tensor& x, const Tensor* saved, const std::optional<Tens
   args.dtype = dtype_of(op, "x", x);
   Tensor y = stable::new_empty(x, x.sizes());
   if (x.numel() == 0) return y;
-  const Rows x_rows(x), saved_rows(saved ? *saved : x);
+  const Rows x_rows(x);
+  const std::optional<Rows> saved_rows = saved ? std::optional<Rows>(*saved) : std::nullopt;
   std::optional<Tensor> read;
   if (mask) read = place_mask(*mask, x, args);
   args.x = x_rows.data();
   args.x_rows = x_rows.at;
-  args.saved = saved ? saved_rows.data() : nullptr;
-  args.saved_rows = saved_rows.at;
+  args.saved = saved ? saved_rows->data() : nullptr;
+  args.saved_rows = saved ? saved_rows->at : x_rows.at;
   args.y = y.mutable_data_ptr();
   args.columns = x.size(-1);
   args.rows = x.numel() / args.columns;

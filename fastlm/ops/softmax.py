@@ -223,8 +223,8 @@ def softmax(
         dim: the dimension that sums to 1.
         scale: a number.
         mask: broadcastable to x: boolean, True where an element takes part, or floating point, added to scale * x. It is
-            read at its own size, never at x's (unless it has five dimensions or more that broadcast by turns). Gets no
-            gradient.
+            read at its own size, never at x's (unless x has five dimensions or more, and it broadcasts along some of them by
+            turns, as [2, 1, 2, V] along x [2, 2, 3, 2, V]: then a copy of x's size may be made). Gets no gradient.
         backend: "auto", "reference", "torch", "triton" or "cuda".
 
     Returns:

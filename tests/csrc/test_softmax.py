@@ -182,6 +182,15 @@ def test_masks_are_read_where_they_lie():
 
 
 @on_the_host
+def test_rows_at_three_strides_are_copied_once():
+    x = torch.randn(5, 4, 3, 16)[:, :3, :2, :8]
+    with torch.profiler.profile() as profile:
+        y = torch.ops.fastlm_host.softmax_fwd(x, None, 1.0)
+    assert sum(event.name == "aten::clone" for event in profile.events()) == 1
+    torch.testing.assert_close(y, torch.softmax(x, -1))
+
+
+@on_the_host
 def test_wrong_masks_are_refused():
     x, call = torch.randn(2, 8), torch.ops.fastlm_host.softmax_fwd
     for mask, words in (
