@@ -99,7 +99,7 @@ def global_norm(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
     """
     tensors = list(tensors)
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     # Sets: with many small tensors the host's time is all there is.
     dtypes = {t.dtype for t in tensors}
     if {t.layout for t in tensors} != {torch.strided} or not all(dtype.is_floating_point for dtype in dtypes):

@@ -9,7 +9,6 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -19,37 +18,35 @@ from fastlm.errors import UserError
 from fastlm.optim import state as storage
 from fastlm.optim.clip import clip_coefficient, global_norm
 
-_ONE = torch.ones(())
+_ONE = storage.count(1)
 
 
 class _Turn(NamedTuple):
     """Parameters of one group that have made equally many steps, counted by one tensor, and make the next one together."""
 
-    group: dict[str, Any]
+    group: int
     step: Tensor
-    states: list[dict[str, Tensor]]
-    alike: list[
-        tuple[list[Tensor], list[dict[str, Tensor]]]
-    ]  # (parameters, states), each list of one dtype, device and kind
+    # Lists of parameters of one dtype, device and kind of state: their places among the group's with a gradient, and the places
+    # of their states in optimizer.state.
+    alike: list[tuple[list[int], list[int]]]
 
 
 class _Plan(NamedTuple):
     """The turns of a step. It serves the next one too, as long as the same parameters have gradients and the states are as it
-    left them: to find it again would take longer than to step a small model."""
+    left them: to find it again would take longer than to step a small model. It keeps nothing alive but counts of steps."""
 
-    moving: list[list[Tensor]]  # of each group: its parameters with a gradient
+    moving: list[list[tuple]]  # of each group: identity, dtype and device of its parameters with a gradient
     options: list[tuple]  # of each group: what its states were made for
-    states: list[dict[str, Tensor]]
+    states: list[int]  # identities
     steps: list[Tensor | None]
     turns: list[_Turn]
 
-    def serves(self, moving: list[list[Tensor]], options: list[tuple], states: dict[Tensor, dict]) -> bool:
+    def serves(self, moving: list[list[tuple]], options: list[tuple], states: list[dict]) -> bool:
         return (
             self.options == options
-            and all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(self.moving, moving))
-            and len(self.states) == len(states)
-            and all(map(is_, self.states, states.values()))
-            and all(state.get("step") is step for state, step in zip(self.states, self.steps))
+            and self.moving == moving
+            and self.states == list(map(id, states))
+            and all(state.get("step") is step for state, step in zip(states, self.steps))
         )
 
 
@@ -181,10 +178,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         streams: dict[Tensor, int] = {}
         if any(group.get("precision") == "stochastic" or group.get("state_bits") == 8 for group in self.param_groups):
             streams = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        for turn in self._turns(moving):
-            step = self._count(turn, found_inf)
-            for params, states in turn.alike:
-                self._launch(turn.group, params, states, step, scale, found_inf, streams)
+        turns, states = self._turns(moving)
+        for turn in turns:
+            step = self._count(turn, moving, states, found_inf)
+            for places, at in turn.alike:
+                params, theirs = [moving[turn.group][i] for i in places], [states[i] for i in at]
+                self._launch(self.param_groups[turn.group], params, theirs, step, scale, found_inf, streams)
         return loss
 
     @property
@@ -226,22 +225,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
         return scale, found_inf
 
-    def _turns(self, moving: list[list[Tensor]]) -> list[_Turn]:
-        """Who steps together; `moving` are the parameters of each group that have a gradient."""
+    def _turns(self, moving: list[list[Tensor]]) -> tuple[list[_Turn], list[dict[str, Tensor]]]:
+        """Who steps together, and all states in their order; `moving` are the parameters of each group that have a gradient."""
         options = [
             (self._moments(group), *map(group.get, storage.STORED), group.get("average_decay") is None)
             for group in self.param_groups
         ]
-        if self._plan is None or not self._plan.serves(moving, options, self.state):
+        kinds = [[(id(p), p.dtype, p.device) for p in params] for params in moving]
+        states = list(self.state.values())
+        if self._plan is None or not self._plan.serves(kinds, options, states):
             for group, params, wanted in zip(self.param_groups, moving, options):
                 self._prepare(group, params, wanted)
-            turns = [
-                _Turn(group, self.state[params[0]]["step"], [self.state[p] for p in params], self._alike(params))
-                for group, params in self._counted_together(moving)
-            ]
             states = list(self.state.values())
-            self._plan = _Plan(moving, options, states, [state.get("step") for state in states], turns)
-        return self._plan.turns
+            turns = list(self._counted_together(moving))
+            self._plan = _Plan(kinds, options, list(map(id, states)), [state.get("step") for state in states], turns)
+        return self._plan.turns, states
 
     def _prepare(self, group: dict[str, Any], params: list[Tensor], options: tuple) -> None:
         """Completes the states of those of these parameters that are new, or whose group's options have changed."""
@@ -255,13 +253,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         for p in changed:
             state = self.state[p]
             if "step" not in state or any(name not in state for name in self._moments(group)):
-                state["step"] = new.setdefault(p.device, torch.zeros(()))  # new moments begin with a first step
+                state["step"] = new.setdefault(p.device, storage.count())  # new moments begin with a first step
             storage.fit(self, p, group, state)
             storage.complete(self, p, group, state)
-            self._prepared[p] = options
+            self._prepared[p] = (p.dtype, *options)
 
-    def _counted_together(self, moving: list[list[Tensor]]) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
-        """Each group with those of its parameters with a gradient that have one step tensor, which then no other parameter has.
+    def _counted_together(self, moving: list[list[Tensor]]) -> Iterator[_Turn]:
+        """Those of a group's parameters with a gradient that have one step tensor, which then no other parameter has.
 
         Parameters of a group that always step together share it: counting is one addition for all of them. It lives on the
         host, as in torch, unless only the device knows whether a step is made.
@@ -282,27 +280,34 @@ class FusedOptimizer(torch.optim.Optimizer):
                     step = self.state[params[0]]["step"].clone()
                     for p in params:
                         self.state[p]["step"] = step
-                yield self.param_groups[number], params
+                yield _Turn(number, self.state[params[0]]["step"], self._alike(moving[number], params))
 
-    def _count(self, turn: _Turn, found_inf: Tensor | None) -> int | Tensor:
+    def _count(
+        self, turn: _Turn, moving: list[list[Tensor]], states: list[dict], found_inf: Tensor | None
+    ) -> int | Tensor:
         """Counts the step; its number, from 1."""
-        step, device = turn.step, turn.alike[0][0][0].device
+        step, device = turn.step, moving[turn.group][turn.alike[0][0][0]].device
         if found_inf is not None and step.device.type == "cpu" != device.type:
             step = step.to(device)
-            for state in turn.states:
-                state["step"] = step
+            for _, at in turn.alike:
+                for i in at:
+                    states[i]["step"] = step
         if found_inf is None:
             step.add_(_ONE if step.device.type == "cpu" else 1)  # + 1 would make a tensor of it each time
         else:
             step += found_inf.to(step.device) == 0
         return int(step) if step.device.type == "cpu" != device.type else step
 
-    def _alike(self, params: list[Tensor]) -> list[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-        """The parameters and their states, split into lists of one dtype and device whose states are of the same kinds."""
-        found: dict[tuple, list[Tensor]] = {}
+    def _alike(self, moving: list[Tensor], params: list[Tensor]) -> list[tuple[list[int], list[int]]]:
+        """The places of these parameters and their states, in lists of one dtype and device and of the same kinds of states."""
+        places = {p: i for i, p in enumerate(moving)}
+        states = {p: i for i, p in enumerate(self.state)}
+        found: dict[tuple, tuple[list[int], list[int]]] = {}
         for p in params:
-            found.setdefault((p.dtype, p.device, *self.state[p]), []).append(p)
-        return [(same, [self.state[p] for p in same]) for same in found.values()]
+            same = found.setdefault((p.dtype, p.device, *self.state[p]), ([], []))
+            same[0].append(places[p])
+            same[1].append(states[p])
+        return list(found.values())
 
     def _launch(
         self,

@@ -15,7 +15,8 @@ def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     the system grants them (transparent_hugepage: madvise or always).
 
     AdamW's step over 13.8 M fp32 weights walks through seven streams of memory, and with 4 KiB pages spends a tenth of its time
-    on looking addresses up. Only whole huge pages are asked for, so no memory is spent on it.
+    on looking addresses up. Only whole huge pages are asked for, so no memory is spent on it. Unlike torch's, such a storage
+    cannot be resized (`untyped_storage().resize_`).
     """
     size = p.numel() * dtype.itemsize
     plain = type(p) in (Tensor, torch.nn.Parameter) and p.device.type == "cpu" and p.is_contiguous()

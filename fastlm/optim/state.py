@@ -64,7 +64,9 @@ def complete(optimizer: Any, p: Tensor, group: dict[str, Any], state: dict[str, 
             dtype = _CODES[place] if codes else moment_dtype(p, group)
             state[name] = zeros_like(p, dtype)
         if codes and f"{name}_scale" not in state:
-            state[f"{name}_scale"] = _scale_of(p, torch.zeros(blocks_of(_local(p).numel()), device=p.device))
+            state[f"{name}_scale"] = _scale_of(
+                p, torch.zeros(blocks_of(_local(p).numel()), dtype=torch.float32, device=p.device)
+            )
     _complete_master(p, group.get("precision"), state)
     if group.get("average_decay") is not None and "average" not in state:
         dtype = torch.promote_types(p.dtype, torch.float32)
@@ -117,6 +119,11 @@ def _converted(p, group, name: str, place: int, value: Tensor, scale: Tensor | N
     return {name: _like(p, coded), f"{name}_scale": _scale_of(p, own)}
 
 
+def count(steps: float = 0) -> Tensor:
+    """A number of steps as a state: fp32 on the host, as torch's, whatever the default dtype and device are."""
+    return torch.tensor(float(steps), dtype=torch.float32, device="cpu")
+
+
 def blocks_of(elements: int) -> int:
     return -(-elements // BLOCK)
 
@@ -138,7 +145,7 @@ def _scale_of(p: Tensor, own: Tensor) -> Tensor:
         if place.is_shard():
             largest[place.dim] = -(-largest[place.dim] // p.device_mesh.size(dim))
         places.append(Shard(0) if place.is_shard() else Replicate())
-    padded = torch.zeros(blocks_of(math.prod(largest)), device=own.device)
+    padded = torch.zeros(blocks_of(math.prod(largest)), dtype=own.dtype, device=own.device)
     padded[: own.numel()] = own
     return DTensor.from_local(padded, p.device_mesh, places, run_check=False)
 
@@ -197,7 +204,7 @@ def _copied(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
     for name, value in saved.items():
         if not isinstance(value, Tensor):
             if value is not None:  # torch.optim.SGD without momentum saves a None
-                found[name] = torch.tensor(float(value)) if name == "step" else value
+                found[name] = count(float(value)) if name == "step" else value
         elif name == "step":  # a fused or capturable torch optimizer keeps it on the device
             found[name] = value.detach().to("cpu", torch.float32, copy=True)
         else:
@@ -211,7 +218,7 @@ def _check_moments(optimizer: Any, key: Any, group: dict[str, Any], own: dict[st
     moments = optimizer._moments(group)
     missing = [name for name in moments if name not in own]
     if "step" not in own and len(missing) < len(moments):
-        own["step"] = torch.ones(())  # torch.optim.SGD does not count; with a momentum it has made a step
+        own["step"] = count(1)  # torch.optim.SGD does not count; with a momentum it has made a step
     steps = int(own.get("step", 0))
     if missing and steps:
         raise UserError(
