@@ -23,9 +23,11 @@ constexpr int kHeld = 2048;       // candidates that shared memory holds
 constexpr int kAhead = 4;         // vectors that a thread has in flight
 constexpr int kBlocksOfGpu = 132;
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+constexpr int kMostColumns = (1 << 24) - 1;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLargest = 3.4028235e38f;
 constexpr float kMostNoise = 23.0f;  // the smallest exponential variate is 2^-33
+constexpr float kSmallest = 1.4012985e-45f;
 constexpr uint64_t kNothing = 0;  // less than every packed key
 constexpr uint32_t kNan = 0xffffffffu, kMinusInfinity = 0x007fffffu;  // keys
 constexpr uint32_t kStream = 0x73616d70u;  // third word of the counter: other numbers than dropout's
@@ -132,8 +134,10 @@ DEVICE V setting(const V* each, V all, int row, Where at = Where::current()) {
 // (x - top) / temperature; 0 at the top, be it infinite.
 DEVICE float tempered(float x, float top, float inverse) { return x == top ? 0.0f : (x - top) * inverse; }
 
-// Of softmax(s): 2^40 at the top.
-DEVICE uint64_t mass_of(float s) { return static_cast<uint64_t>(fast_exp2(s * kLog2e) * 0x1p40f); }
+// Of softmax(s): kTopMass at the top, so that a row's sum is below 2^64.
+constexpr uint64_t kTopMass = uint64_t{1} << 40;
+static_assert(kTopMass <= UINT64_MAX / kMostColumns);
+DEVICE uint64_t mass_of(float s) { return static_cast<uint64_t>(fast_exp2(s * kLog2e) * static_cast<float>(kTopMass)); }
 
 // u in (0, 1) of a random word. Its -log(1 - u) is an exponential variate; the small ones, which win, are those told apart best.
 DEVICE float uniform(uint32_t word) { return minimum((static_cast<float>(word) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f); }
@@ -190,7 +194,9 @@ sample_kernel(const fastlm_sample a) {
   const float top = value_of(top_key);
   if (temperature > 0) {
     const bool by_count = top_k >= 1 && top_k < columns, by_mass = top_p < 1;
-    Rule rule{top, minimum(1.0f / temperature, kLargest), min_p > 0 ? minimum(logf(min_p), 0.0f) : -kLargest,
+    // Not 0, times which -inf would be NaN, where the temperature is infinite.
+    const float inverse = maximum(minimum(1.0f / temperature, kLargest), kSmallest);
+    Rule rule{top, inverse, min_p > 0 ? minimum(logf(min_p), 0.0f) : -kLargest,
               kMinusInfinity + 1, 0, static_cast<uint32_t>(r), 0};
     int held = 0;  // candidates in the first block: all that can stay, if there are any
     uint64_t total = 0;
@@ -334,7 +340,7 @@ int start(const fastlm_sample& a, void* stream) {
 
 extern "C" int fastlm_sample_draw(const fastlm_sample* args, void* stream) {
   const fastlm_sample& a = *args;
-  if (a.rows <= 0 || a.rows > 0x7fffffff / 8 || a.columns <= 0 || a.columns > 1 << 30) return kInvalidValue;
+  if (a.rows <= 0 || a.rows > 0x7fffffff / 8 || a.columns <= 0 || a.columns > kMostColumns) return kInvalidValue;
   switch (a.dtype) {
     case FASTLM_FLOAT32: return start<float>(a, stream);
     case FASTLM_BFLOAT16: return start<bf16>(a, stream);

@@ -5,7 +5,7 @@
 // One token a row, drawn from softmax(logits / temperature) after top-k, top-p and min-p. See fastlm/ops/sample.py.
 typedef struct {
   const void* logits;             // [rows, columns], rows at row_stride
-  int64_t rows, columns;          // rows < 2^28, columns in 1 to 2^30
+  int64_t rows, columns;          // rows < 2^28, columns in 1 to 2^24 - 1
   int64_t row_stride;
   const float* temperatures;      // of each row [rows]; null: `temperature` for all. Likewise the next three
   const int64_t* top_ks;

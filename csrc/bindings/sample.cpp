@@ -24,8 +24,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const std::optional<Tens
   check_device(op, "logits", logits, logits);
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, op, ": logits must be [B, V] with V of at least 1");
   check_device(op, "seed", seed, logits);
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 2 && seed.is_contiguous(), op,
-                  ": seed must be a contiguous int64 tensor [2]");
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 2, op, ": seed must be an int64 tensor [2]");
   const DeviceGuard guard(logits.get_device_index());
   fastlm_sample args{};
   args.dtype = dtype_of(op, "logits", logits);
@@ -47,7 +46,8 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const std::optional<Tens
   args.rows = rows.size(0);
   args.columns = rows.size(1);
   args.row_stride = rows.stride(0);
-  args.seed = static_cast<const int64_t*>(seed.const_data_ptr());
+  const Tensor seeds = stable::contiguous(seed);
+  args.seed = static_cast<const int64_t*>(seeds.const_data_ptr());
   args.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
   args.logprobs = with_logprobs ? static_cast<float*>(logprobs.mutable_data_ptr()) : nullptr;
   check_launch(op, fastlm_sample_draw(&args, current_stream(logits)));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from fastlm.ops.random_bits import philox, seed_tensor
 
 _STREAM = 0x73616D70  # third word of the counter: other numbers than dropout's
 _NUCLEUS = 1024  # tokens in which the torch form looks for top-p's share first
+_LARGEST = torch.finfo(torch.float32).max
+_MOST_COLUMNS = 2**24 - 1  # of the kernel, whose masses are integers: more could overflow
 
 
 def _gumbel(words: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,8 +57,10 @@ def _top_k_threshold(x: Tensor, top_ks: Tensor | None, top_k: int) -> Tensor | N
 def _top_p_threshold(x: Tensor, s: Tensor, keep: Tensor, top_p: Tensor, total: Tensor | None = None) -> Tensor:
     """The largest value of each row [rows, 1] at and above which the share top_p of the mass that `keep` leaves lies."""
     ordered, order = x.masked_fill(~keep, -math.inf).sort(-1, descending=True)
-    mass = s.masked_fill(~keep, -math.inf).gather(1, order).exp().cumsum(-1, dtype=torch.float64)
-    wanted = top_p.clamp_min(0).double() * (mass[:, -1:] if total is None else total)
+    # Of integers, 2^62 at most: on a GPU the running sum of a single row of floats differs from run to run.
+    one = 2.0**62 / x.shape[-1]
+    mass = (s.masked_fill(~keep, -math.inf).gather(1, order).exp().double() * one).long().cumsum(-1)
+    wanted = top_p.clamp_min(0).double() * (mass[:, -1:] if total is None else total * one)
     threshold = ordered.gather(1, (mass < wanted).sum(-1, keepdim=True).clamp_max(x.shape[-1] - 1))
     return torch.where(top_p < 1, threshold, -math.inf)
 
@@ -92,7 +97,8 @@ class _Rule:
     def __init__(self, x: Tensor, temperatures: Tensor | None, temperature: float) -> None:
         self.x, self.top = x, x.amax(-1, keepdim=True)
         self.temperature = _column(temperatures, temperature, x)
-        self.s = self._below_top((1 / self.temperature).clamp_max(torch.finfo(x.dtype).max))
+        info = torch.finfo(x.dtype)  # not 0, times which -inf would be NaN, where the temperature is infinite
+        self.s = self._below_top((1 / self.temperature).clamp(info.smallest_normal * info.eps, info.max))
 
     def _below_top(self, factor: Tensor | float) -> Tensor:
         return torch.where(self.x == self.top, 0.0, (self.x - self.top) * factor)
@@ -138,8 +144,8 @@ class _Rule:
 
 
 def _supports(backend, logits):
-    if backend == "cuda" and (logits.shape[1] > 2**30 or logits.shape[0] >= 2**28):
-        return f"it takes fewer than 2^28 rows of at most 2^30 logits, got {list(logits.shape)}"
+    if backend == "cuda" and (logits.shape[1] > _MOST_COLUMNS or logits.shape[0] >= 2**28):
+        return f"it takes fewer than 2^28 rows of fewer than 2^24 logits, got {list(logits.shape)}"
     return None
 
 
@@ -184,7 +190,7 @@ def _setting(name: str, value, logits: Tensor, off: float, wanted: str, valid) -
             raise TypeError(f"sample: {name} must be {'integers' if whole else 'real numbers'}, got {value.dtype}")
         dtype = torch.int64 if whole else torch.float32
         return value.detach().to(dtype).expand(rows).contiguous(), off
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not valid(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not valid(value):
         raise ValueError(f"sample: {name} must be {wanted}, got {value!r}")
     return None, value
 
@@ -202,7 +208,7 @@ def sample(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One token a row, drawn from softmax(logits / temperature) after the filters top-k, top-p, min-p.
 
-    The filters work in this order, each on what the one before left, as in transformers and vLLM. Each keeps the tokens whose
+    The filters work in this order, each on what the one before left, as in transformers. Each keeps the tokens whose
     logit is at or above a threshold, so that equal logits stay or go together:
     top-k keeps those at least as large as the k-th largest; top-p those before which (strictly more probable) less than the
     share top_p of what top-k left lies; min-p those at least min_p times as probable as the most probable one. That one always
@@ -210,13 +216,16 @@ def sample(
 
     The draw is the largest of (logit - largest logit) / temperature + g (Gumbel-max), g for token t the Gumbel noise of word
     t % 4 of Philox at (t // 4, row, a constant, offset). So every backend draws the same token, but where the best two come
-    nearer to each other than fp32 rounding; of equal sums the first wins. Rows draw independently of each other.
+    nearer to each other than fp32 rounding, or a token's place at a filter's edge does: a share top_p that is, but for rounding,
+    a sum of probabilities, or a probability that is min_p times the largest. Of equal sums the first wins. Rows draw
+    independently of each other.
 
     Args:
         logits: [B, V], fp16, bf16, fp32 (any float dtype on the reference), any strides. +inf has all the probability, shared
             among equals.
-        temperature: logits are divided by it; 0 takes the largest logit (the first of equal ones) and needs no filter. Like the
-            other settings a number, or a tensor [B] with one for each row; tensors are read without waiting for the device, and
+        temperature: logits are divided by it; 0 takes the largest logit (the first of equal ones) and needs no filter. A number
+            is at most the largest fp32; a tensor may hold inf, with which all logits above -inf are as good. Like the other
+            settings a number, or a tensor [B] with one for each row; tensors are read without waiting for the device, and
             so their range is not checked: at or below 0 is greedy.
         top_k: at least 1; None keeps all, and so does a tensor's value below 1.
         top_p: above 0, at most 1; None and 1 keep all.
@@ -234,7 +243,7 @@ def sample(
         ValueError: logits not [B, V] with V >= 1, a setting out of range or of another shape, on another device, an unknown or
         unsupported backend. TypeError: logits not floating point, a setting's or the seed's dtype.
 
-    Backends: torch (the default), cuda (one launch; compute capability >= 8.0, V up to 2^30, B below 2^28, not chosen by
+    Backends: torch (the default), cuda (one launch; compute capability >= 8.0, V below 2^24, B below 2^28, not chosen by
     "auto"), reference.
     Papers: Fan et al. 2018, arXiv:1805.04833; Holtzman et al. 2019, arXiv:1904.09751; Nguyen et al. 2024, arXiv:2407.01082; the
     draw as in Kool et al. 2019, arXiv:1903.06059; thresholds instead of sorting: Ye et al. 2025, arXiv:2501.01005.
@@ -243,14 +252,16 @@ def sample(
         raise TypeError(f"sample: logits must be floating point, got {logits.dtype}")
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"sample: logits must be [B, V] with V of at least 1, got {list(logits.shape)}")
-    number = "a number of at least 0"
-    temperatures, temperature = _setting("temperature", temperature, logits, 1.0, number, lambda t: 0 <= t < math.inf)
-    top_ks, top_k = _setting("top_k", top_k, logits, 0, "an integer of at least 1", lambda k: k == int(k) and k >= 1)
+    number = "a number of at least 0 and at most fp32's largest, 3.4e38"
+    temperatures, temperature = _setting("temperature", temperature, logits, 1.0, number, lambda t: 0 <= t <= _LARGEST)
+    whole = "an integer of at least 1"
+    top_ks, top_k = _setting("top_k", top_k, logits, 0, whole, lambda k: 1 <= k < math.inf and k == int(k))
+    top_k = min(int(top_k), 2**63 - 1)  # what the kernels are handed; more than any row has
     top_ps, top_p = _setting("top_p", top_p, logits, 1.0, "above 0 and at most 1", lambda p: 0 < p <= 1)
     min_ps, min_p = _setting("min_p", min_p, logits, 0.0, "in 0..1", lambda p: 0 <= p <= 1)
     seed = seed_tensor("sample", seed, logits)
     backend = OP.choose(backend, logits)
-    settings = (temperatures, top_ks, top_ps, min_ps, seed, float(temperature), int(top_k), float(top_p), float(min_p))
+    settings = (temperatures, top_ks, top_ps, min_ps, seed, float(temperature), top_k, float(top_p), float(min_p))
     if backend in OP.plain_forms:
         tokens, logprobs = OP.plain(backend, logits, *settings, return_logprobs)
     else:

@@ -56,6 +56,7 @@ def assert_same(found, x, **options):
 OPTIONS = {
     "plain": {}, "hot": {"temperature": 3.0}, "greedy": {"temperature": 0.0}, "top_k": {"top_k": 5}, "one": {"top_k": 1},
     "top_p": {"top_p": 0.7}, "min_p": {"min_p": 0.1}, "cold": {"temperature": 1e-38},
+    "endless": {"temperature": INF, "top_p": 0.5},
     "all": {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "min_p": 0.02},
     "each": {
         "temperature": torch.tensor([0.0, 0.7, 1.0, -1.0, 1.5]), "top_k": torch.tensor([0, 3, 1000000, 2, 20]),
@@ -181,6 +182,8 @@ def test_wrong_arguments_are_refused(lib):
         launch(lib, x[:0])
     with pytest.raises(HostError, match="returned 1: no report"):
         launch(lib, x[:, :0])
+    with pytest.raises(HostError, match="returned 1: no report"):
+        launch(lib, x[:, :1].expand(2, 2**24))  # masses of so many could overflow
 
 
 def options_of(name):
@@ -212,6 +215,9 @@ BUGS = {
     "two zeros": ("float_bits(x + 0.0f)", "float_bits(x)", lambda lib: test_equal_logits_stay_together(lib, 40, 0.0)),
     "infinity less infinity": (
         "x == top ? 0.0f : (x - top)", "(x - top)", lambda lib: test_rows_with_infinities_and_nan(lib, 24, {})),
+    "infinity times nothing": (
+        "maximum(minimum(1.0f / temperature, kLargest), kSmallest)", "minimum(1.0f / temperature, kLargest)",
+        options_of("endless")),
     "words in another order": ("id & 2 ? other : half", "id & 2 ? half : other", options_of("top_p")),
     "noise left out too early": ("* kLog2e) * 1.001f) continue", "* kLog2e) * 0.01f) continue", options_of("hot")),
 }  # fmt: skip
@@ -262,6 +268,26 @@ class TestThroughTheOp:
         assert torch.equal(one, two) and torch.equal(x, before) and bands_intact(buffer) and (one < 37).all()
         assert ops.sample(x[:0], backend="cuda").shape == (0,)
 
+    @pytest.mark.parametrize(
+        "options",
+        (
+            {"temperature": torch.full((6,), INF), "top_p": 0.5},
+            {"temperature": 3.4e38, "top_p": 0.5},
+            {"top_k": 2**70},
+            {"seed": torch.tensor([3, 8, 1, 9])[::2]},
+        ),
+        ids=("infinite temperature", "largest temperature", "top_k beyond int64", "seed with a stride"),
+    )
+    def test_settings_at_the_edge(self, options):
+        x = torch.randn(6, 37)
+        x[0, ::2] = -INF
+        one, two = (ops.sample(x, **{"seed": 3} | options, backend=b) for b in ("reference", "cuda"))
+        assert torch.equal(one, two)
+
+    def test_rows_that_are_too_wide(self):
+        with pytest.raises(ValueError, match=r"fewer than 2\^24 logits, got \[2, 16777216\]"):
+            ops.sample(torch.zeros(2, 1).expand(2, 2**24), backend="cuda")
+
     def test_compiled_and_checked(self):
         def call(x, top_p):
             return ops.sample(x, top_p=top_p, seed=5, return_logprobs=True, backend="cuda")
@@ -288,7 +314,7 @@ class TestThroughTheOp:
             ((x[0], None, None, None, None, SEED, *rest), r"logits must be \[B, V\]"),
             ((x, torch.ones(3), None, None, None, SEED, *rest), r"temperatures must be contiguous \[2\], float32"),
             ((x, None, torch.ones(2), None, None, SEED, *rest), r"top_ks must be contiguous \[2\], int64"),
-            ((x, None, None, None, None, SEED[:1], *rest), r"seed must be a contiguous int64 tensor \[2\]"),
+            ((x, None, None, None, None, SEED[:1], *rest), r"seed must be an int64 tensor \[2\]"),
         ):
             with pytest.raises(RuntimeError, match=words):
                 run(*args)

@@ -1,9 +1,12 @@
 """sample: filters against transformers, the draw's distribution, its noise, and what it refuses. Its kernel: tests/csrc."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import ops
 from fastlm.generate import SamplingConfig, filter_logits
@@ -127,6 +130,49 @@ def test_rows_with_infinities_and_nan(options, backend):
     torch.testing.assert_close(logprobs[2:], torch.tensor([-math.log(2), 0.0, 0.0]))
 
 
+@pytest.mark.parametrize("backend", PLAIN)
+def test_an_infinite_temperature_makes_all_finite_logits_equal(backend):
+    x = 3 * torch.randn(6, 37)
+    x[:, ::2] = -math.inf
+    each = torch.full((6,), math.inf)
+    for options in ({}, {"top_p": 0.5}, {"min_p": 0.9}):
+        found = ops.sample(x, temperature=each, seed=3, backend=backend, **options)
+        assert torch.equal(found, ops.sample(x, temperature=3e38, seed=3, backend=backend, **options))
+        assert (found % 2 == 1).all()
+    assert len(set(ops.sample(x[:1].expand(999, 37), temperature=each.new_tensor(math.inf), seed=3).tolist())) == 18
+
+
+def test_numbers_of_any_kind():
+    x = torch.randn(4, 30)
+    want = ops.sample(x, temperature=0.5, top_k=5, top_p=0.5, min_p=0.25, seed=1)
+    kinds = {"temperature": np.float64(0.5), "top_k": np.int64(5), "top_p": np.float32(0.5), "min_p": Fraction(1, 4)}
+    assert torch.equal(ops.sample(x, seed=1, **kinds), want)
+    assert torch.equal(ops.sample(x, top_k=2**70, seed=1), ops.sample(x, seed=1))
+
+
+class _RunningSums(TorchDispatchMode):
+    """The dtypes of what is summed up."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.cumsum:
+            self.dtypes.add(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+def test_running_sums_are_of_integers(backend):
+    """On a GPU those of floats need not be the same twice."""
+    with _RunningSums() as seen:
+        for columns in (40, 5000):
+            ops.sample(torch.randn(1, columns), top_p=0.9, seed=1, backend=backend)
+    assert seen.dtypes == {torch.int64}
+
+
 def test_seeds():
     flat = torch.zeros(64, 1000)
     draw = lambda seed: ops.sample(flat, seed=seed)  # noqa: E731
@@ -185,8 +231,14 @@ def test_on_a_gpu():
         (TypeError, "logits must be floating point", {"logits": torch.ones(2, 8).int()}),
         (ValueError, r"logits must be \[B, V\]", {"logits": torch.ones(8)}),
         (ValueError, "V of at least 1", {"logits": torch.ones(2, 0)}),
-        (ValueError, "temperature must be a number of at least 0, got -1", {"temperature": -1}),
+        (ValueError, "temperature must be a number of at least 0 .* got -1", {"temperature": -1}),
         (ValueError, "temperature must be", {"temperature": math.nan}),
+        (ValueError, "temperature must be .* at most fp32's largest, 3.4e38, got 1e", {"temperature": 1e39}),
+        (ValueError, "temperature must be .* got inf", {"temperature": math.inf}),
+        (ValueError, "top_k must be an integer of at least 1, got inf", {"top_k": math.inf}),
+        (ValueError, "top_k must be an integer of at least 1, got nan", {"top_k": math.nan}),
+        (ValueError, "top_k must be an integer", {"top_k": np.float32(0.5)}),
+        (ValueError, "top_k must be an integer", {"top_k": np.True_}),
         (ValueError, "top_k must be an integer of at least 1, got 0", {"top_k": 0}),
         (ValueError, "top_k must be", {"top_k": 1.5}),
         (ValueError, "top_p must be above 0", {"top_p": 0.0}),
