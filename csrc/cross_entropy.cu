@@ -24,17 +24,22 @@ constexpr int kRowsPerBlock = 4;     // where a warp owns a row
 constexpr int kBlocksOfGpu = 264;    // two of 512 threads on each SM of an H200
 constexpr int kMostCluster = 8;
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLowest = -3.0e38f;  // a maximum before the first logit: finite, as -inf - -inf would be NaN
-constexpr int kInvalidValue = 1;     // cudaErrorInvalidValue
+constexpr float kLargest = 3.402823466e38f;
+constexpr float kLowest = -kLargest;  // a maximum before the first logit: finite, as -inf - -inf would be NaN
+constexpr int kInvalidValue = 1;      // cudaErrorInvalidValue
 
 DEVICE float exp_of(float difference) { return fast_exp2(difference * kLog2e); }
 
-// From exp2; near 0, where its difference of two numbers near 1 has few digits left, the polynomial of the Cephes library.
-DEVICE float tanh_of(float x) {
-  const float far = 1.0f - 2.0f * fast_reciprocal(fast_exp2(2 * kLog2e * x) + 1.0f), s = x * x;
+// tanh and its derivative, of e = exp(-2 |x|): (1 - e) / (1 + e) and 4 e / (1 + e)^2, as 1 - tanh^2 would have few digits left
+// where tanh is near 1. Near 0, where 1 - e has few, the polynomial of the Cephes library.
+struct Tanh {
+  float value, slope;
+};
+DEVICE Tanh tanh_of(float x) {
+  const float e = fast_exp2(-2 * kLog2e * fabsf(x)), inverse = fast_reciprocal(1.0f + e), s = x * x;
   float p = (-5.70498872745e-3f * s + 2.06390887954e-2f) * s - 5.37397155531e-2f;
   p = (p * s + 1.33314422036e-1f) * s - 3.33332819422e-1f;
-  return fabsf(x) < 0.625f ? p * s * x + x : far;
+  return {fabsf(x) < 0.625f ? p * s * x + x : copysignf((1.0f - e) * inverse, x), 4.0f * e * inverse * inverse};
 }
 
 DEVICE int64_t row_start(const fastlm_rows& at, int64_t row) {
@@ -80,12 +85,21 @@ struct Row {
   }
   DEVICE int column_of(int vector) const { return head + vector * VEC; }
 
-  DEVICE float logit(float value) const {
+  // x of a logit as it was read, and what the softcap multiplies its gradient by.
+  DEVICE float logit(float value, float& slope) const {
     const float x = value * a.scale;
-    return softcapped() ? a.softcap * tanh_of(x * per_softcap) : x;
+    slope = 1.0f;
+    if (!softcapped()) return x;
+    const Tanh t = tanh_of(x * per_softcap);
+    slope = t.slope;
+    return a.softcap * t.value;
+  }
+  DEVICE float logit_at(int column, float& slope, Where at = Where::current()) const {
+    return logit(to_float(load_vector<1>(z + column, at)[0]), slope);
   }
   DEVICE float logit_at(int column, Where at = Where::current()) const {
-    return logit(to_float(load_vector<1>(z + column, at)[0]));
+    float slope;
+    return logit_at(column, slope, at);
   }
   // The vectors `v` and those after it, as far as there are any.
   template <Cache CACHE>
@@ -95,14 +109,15 @@ struct Row {
       if (v + k * step < vectors) raw[k] = load_vector<4, CACHE>(pointer_cast<const uint32_t>(z + column_of(v + k * step)), at);
     }
   }
-  DEVICE void logits_of(const Raw& raw, float (&x)[VEC]) const {
+  DEVICE void logits_of(const Raw& raw, float (&x)[VEC], float (&slope)[VEC]) const {
     Vector<T, VEC> v;
     memcpy(&v, &raw, sizeof(v));
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) x[i] = to_float(v[i]) * a.scale;
     if (softcapped()) {
 #pragma unroll
-      for (int i = 0; i < VEC; ++i) x[i] = a.softcap * tanh_of(x[i] * per_softcap);
+      for (int i = 0; i < VEC; ++i) x[i] = logit(to_float(v[i]), slope[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) x[i] = to_float(v[i]) * a.scale, slope[i] = 1.0f;
     }
   }
   DEVICE float weight_at(int column, Where at = Where::current()) const {
@@ -125,7 +140,8 @@ struct Row {
   }
 };
 
-// Of the logits x seen so far: their maximum, the sum of exp(x - maximum), and that of weight * x where labels are smoothed.
+// Of the logits x seen so far: their maximum, the sum of exp(x - maximum), and that of weight * (x - pivot) where labels are
+// smoothed. The pivot is the target's logit: were it 0, what all logits share would take the digits of the sum.
 struct Seen {
   float peak = kLowest, sum = 0, total = 0;
 
@@ -146,7 +162,7 @@ DEVICE Seen of_warp(const Seen& mine) {
 }
 
 template <class T, bool PLAIN>
-DEVICE Seen read_part(const Row<T, PLAIN>& r) {
+DEVICE Seen read_part(const Row<T, PLAIN>& r, float pivot) {
   constexpr int VEC = kVector<T>;
   Seen seen;
   const int end = r.end_column();
@@ -154,7 +170,7 @@ DEVICE Seen read_part(const Row<T, PLAIN>& r) {
     const float x = r.logit_at(end);
     seen.grow(x);
     seen.sum += exp_of(x - seen.peak);
-    if (r.smoothed()) seen.total += r.weight_at(end) * x;
+    if (r.smoothed()) seen.total += r.weight_at(end) * (x - pivot);
   }
   for (int v = r.first; v < r.vectors; v += kVectorsAtOnce * r.step) {
     typename Row<T, PLAIN>::Raw raw[kVectorsAtOnce];
@@ -162,8 +178,8 @@ DEVICE Seen read_part(const Row<T, PLAIN>& r) {
 #pragma unroll
     for (int k = 0; k < kVectorsAtOnce; ++k) {
       if (v + k * r.step >= r.vectors) continue;
-      float x[VEC], higher = kLowest;
-      r.logits_of(raw[k], x);
+      float x[VEC], slope[VEC], higher = kLowest;
+      r.logits_of(raw[k], x, slope);
 #pragma unroll
       for (int i = 0; i < VEC; ++i) higher = fmaxf(higher, x[i]);  // skips NaN, which the sum gets
       seen.grow(higher);
@@ -171,7 +187,7 @@ DEVICE Seen read_part(const Row<T, PLAIN>& r) {
       for (int i = 0; i < VEC; ++i) seen.sum += exp_of(x[i] - seen.peak);
       if (r.smoothed()) {
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) seen.total += r.weight_at(r.column_of(v + k * r.step) + i) * x[i];
+        for (int i = 0; i < VEC; ++i) seen.total += r.weight_at(r.column_of(v + k * r.step) + i) * (x[i] - pivot);
       }
     }
   }
@@ -201,9 +217,10 @@ cross_entropy_fwd_kernel(const fastlm_cross_entropy a, int rows_per_block) {
   if (blocks > 1) cluster_arrive_relaxed();
   const Row<T, PLAIN> r(a, row, position, warps_own ? 32 : blocks * block_threads());
   float picked = 0;
-  if (ends) picked = r.logit_at(number >= 0 && number < a.columns ? static_cast<int>(number) : 0);
+  if (ends || r.smoothed()) picked = r.logit_at(number >= 0 && number < a.columns ? static_cast<int>(number) : 0);
+  const float pivot = fabsf(picked) <= kLargest ? picked : 0.0f;
 
-  Seen seen = of_warp(read_part(r));
+  Seen seen = of_warp(read_part(r, pivot));
   if (!warps_own) {
     if (blocks > 1) cluster_wait();  // the first block runs
     const int count = blocks * block_warps();
@@ -233,7 +250,10 @@ cross_entropy_fwd_kernel(const fastlm_cross_entropy a, int rows_per_block) {
   const float log_sum = logf(seen.sum), lse = seen.peak + log_sum;
   // peak - picked first: it is exact where the target is the maximum, and the loss small.
   float value = target.share * (log_sum + (seen.peak - picked)) + a.z_loss * lse * lse;
-  if (r.smoothed()) value += a.smoothing / static_cast<float>(r.columns) * (r.weight_sum() * lse - seen.total);
+  if (r.smoothed()) {
+    const float above = log_sum + (seen.peak - pivot);
+    value += a.smoothing / static_cast<float>(r.columns) * (r.weight_sum() * above - seen.total);
+  }
   loss[row] = target.valid ? value : NAN;
   statistics[row] = seen.peak;
   statistics[a.rows + row] = log_sum;
@@ -275,18 +295,19 @@ cross_entropy_bwd_kernel(const fastlm_cross_entropy a, int rows_per_block) {
   const auto target = r.target_of(number);
   const float spread = a.smoothing / static_cast<float>(r.columns), weight_sum = r.weight_sum();
   const float pull = 2.0f * a.z_loss * (peak + log_sum), factor = upstream * a.scale;
-  const auto gradient = [&](float x, int column, Where at = Where::current()) {
+  const auto gradient = [&](float x, float slope, int column, Where at = Where::current()) {
     const float p = exp_of((x - peak) - log_sum);  // not x - lse: a large lse is rounded, x - peak is not
     float g = target.share * (p - (column == target.column ? 1.0f : 0.0f));
     if (r.smoothed()) g += spread * (weight_sum * p - r.weight_at(column, at));
     g += pull * p;  // last: it would round away what is left of p - 1
-    if (r.softcapped()) {
-      const float t = x * r.per_softcap;
-      g *= 1.0f - t * t;
-    }
+    if (r.softcapped()) g *= slope;
     return g * factor;
   };
-  if (end >= 0) dz[end] = from_float<T>(gradient(r.logit_at(end), end));
+  if (end >= 0) {
+    float slope;
+    const float x = r.logit_at(end, slope);
+    dz[end] = from_float<T>(gradient(x, slope, end));
+  }
   for (int v = r.first; v < r.vectors; v += kVectorsAtOnce * r.step) {
     typename Row<T, PLAIN>::Raw raw[kVectorsAtOnce];
     r.template read<Cache::streaming>(v, raw);
@@ -294,11 +315,11 @@ cross_entropy_bwd_kernel(const fastlm_cross_entropy a, int rows_per_block) {
     for (int k = 0; k < kVectorsAtOnce; ++k) {
       if (v + k * r.step >= r.vectors) continue;
       const int column = r.column_of(v + k * r.step);
-      float x[VEC];
+      float x[VEC], slope[VEC];
       Vector<T, VEC> result;
-      r.logits_of(raw[k], x);
+      r.logits_of(raw[k], x, slope);
 #pragma unroll
-      for (int i = 0; i < VEC; ++i) result[i] = from_float<T>(gradient(x[i], column + i));
+      for (int i = 0; i < VEC; ++i) result[i] = from_float<T>(gradient(x[i], slope[i], column + i));
       write(column, result);
     }
   }

@@ -16,7 +16,7 @@ typedef struct {
   int64_t ignore_index;
   fastlm_rows logits_rows, dlogits_rows;
   float smoothing, z_loss;
-  float scale, softcap;         // x = scale * logits, then softcap * tanh(x / softcap); softcap 0: none
+  float scale, softcap;         // x = scale * logits, then softcap * tanh(x / softcap); softcap 0: none, else normal
   int32_t dtype;                // fastlm_dtype of logits and dlogits
 } fastlm_cross_entropy;
 

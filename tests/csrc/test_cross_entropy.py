@@ -187,6 +187,52 @@ def test_infinities_and_nan(lib, columns):
     torch.testing.assert_close(dz[live], p.float(), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", (FP32, BF16))
+@pytest.mark.parametrize("columns", (4, 1500))
+def test_nothing_but_the_lowest_logits(lib, columns, dtype):
+    """A row of them is as likely everywhere as any constant row; z_loss 0 times their square is 0."""
+    x, target = torch.full((2, columns), torch.finfo(dtype).min, dtype=dtype), torch.tensor([1, 2])
+    for options in (NONE, {**NONE, "smoothing": 0.1}):
+        loss, statistics = launch(lib, x, target, **options)
+        torch.testing.assert_close(loss, torch.full((2,), math.log(columns)))
+        (dz,) = launch(lib, x, target, None, (torch.ones(2), statistics), **options)
+        share = 1 - options["smoothing"]
+        want = torch.full((2, columns), share / columns).scatter_(1, target[:, None], share / columns - share)
+        torch.testing.assert_close(dz, want.to(dtype), rtol=1e-5 if dtype == FP32 else 8e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("columns", (301, 1500))
+def test_smoothing_of_logits_that_share_an_offset(lib, columns, weighted):
+    """In fp32 the sums of logits of 1e5 have no digits for their differences left."""
+    x, target = 1e5 + torch.randn(2, columns), torch.tensor([columns - 1, 2])
+    weight = torch.arange(columns).float() % 5 / 4 + 0.25 if weighted else None
+    loss, _ = launch(lib, x, target, weight, smoothing=0.5)
+    want = _reference(x.double(), target, None if weight is None else weight.double(), IGNORED, 0.5, 0.0, 1.0, None)
+    torch.testing.assert_close(loss, want.float(), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("columns", (40, 1500))
+def test_smoothing_of_a_class_that_is_ruled_out_is_infinite(lib, columns):
+    x, target = torch.randn(2, columns), torch.tensor([1, 2])
+    x[0, 1] = x[1, 3] = -math.inf
+    loss, _ = launch(lib, x, target, smoothing=0.1)
+    assert loss.tolist() == [math.inf, math.inf]
+
+
+@pytest.mark.parametrize("columns", (37, 1500))
+def test_the_slope_of_a_softcap_near_its_bound(lib, columns):
+    """4 e / (1 + e)^2 has its digits where 1 - tanh^2 has lost them."""
+    x, target = torch.linspace(-32, 32, columns).repeat(2, 1), torch.tensor([0, columns - 1])
+    options = {**NONE, "softcap": 4.0}
+    _, statistics = launch(lib, x, target, **options)
+    (dz,) = launch(lib, x, target, None, (torch.ones(2), statistics), **options)
+    want = _backward_reference(
+        torch.ones(2).double(), x.double(), target, None, None, IGNORED, 0.0, 0.0, 1.0, 4.0, "cuda"
+    )
+    torch.testing.assert_close(dz, want.float(), rtol=2e-5, atol=0)
+
+
 def test_a_target_out_of_range_is_nan_and_reads_nothing_else(lib):
     x, weight = torch.randn(5, 40), torch.ones(40)
     target = torch.tensor([3, 40, -1, 2**40, -(2**62)])
@@ -218,7 +264,14 @@ BUGS = {
     "the target is beside": ("column == target.column ?", "column + 1 == target.column ?"),
     "smoothing forgets the sum of weights": ("spread * (weight_sum * p", "spread * (p"),
     "z_loss has no gradient": ("    g += pull * p;", "    g += 0.0f * pull;"),
-    "the softcap has no gradient": ("      g *= 1.0f - t * t;\n", "      g *= 1.0f + 0.0f * t;\n"),
+    "the softcap has no gradient": ("    if (r.softcapped()) g *= slope;\n", ""),
+    "the softcap's slope cancels": ("slope = t.slope;", "slope = 1.0f - t.value * t.value;"),
+    "the softcap's slope is another's": (
+        "gradient(x[i], slope[i], column + i)", "gradient(x[i], slope[0], column + i)"
+    ),
+    "smoothing has no pivot": ("fabsf(picked) <= kLargest ? picked : 0.0f", "0.0f"),
+    "the pivot is infinite": ("fabsf(picked) <= kLargest ? picked : 0.0f", "picked"),
+    "a maximum begins too high": ("constexpr float kLowest = -kLargest;", "constexpr float kLowest = -3.0e38f;"),
     "every row has the first one's gradient": ("upstream = dloss[row]", "upstream = dloss[0]"),
     "ignored rows are read": ("a.ignore_index) {\n    if (ends)", "1 - a.ignore_index) {\n    if (ends)"),
 }  # fmt: skip
@@ -237,6 +290,10 @@ def test_planted_bug_is_seen(name, with_bug):
         test_both_directions(lib, (2, 1096), ALL, FP32)
         test_infinities_and_nan(lib, 37)
         test_wide_rows(lib, "two", {**NONE, "smoothing": 0.1})
+        test_nothing_but_the_lowest_logits(lib, 4, FP32)
+        test_smoothing_of_logits_that_share_an_offset(lib, 301, False)
+        test_smoothing_of_a_class_that_is_ruled_out_is_infinite(lib, 40)
+        test_the_slope_of_a_softcap_near_its_bound(lib, 37)
 
 
 @needs_nvcc
@@ -309,7 +366,7 @@ def test_a_gradient_lies_where_the_fake_says():
 @through_op
 def test_class_weights_of_every_dtype():
     x, target = torch.randn(3, 40), torch.tensor([1, 2, 3])
-    for dtype in (FP32, BF16, torch.float64):
+    for dtype in (FP32, BF16, FP16):
         weight = torch.rand(80).to(dtype)[::2]
         options = {"label_smoothing": 0.1, "reduction": "none"}
         found = ops.cross_entropy(x, target, weight, backend="cuda", **options)
