@@ -107,6 +107,13 @@ def test_the_widest_x_is_divided_among_blocks_that_a_grid_has_and_fits_into_each
 
 
 @pytest.mark.usefixtures("cuda_on_the_host")
+def test_other_dtypes_are_a_reason():
+    x = torch.randn(2, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="its kernels take float32, bfloat16, float16, got float64"):
+        ops.linear(x, x, backend="cuda")
+
+
+@pytest.mark.usefixtures("cuda_on_the_host")
 def test_wider_x_is_a_reason():
     x = torch.empty(1, _MOST_COLUMNS + 1, device="meta")
     with pytest.raises(ValueError, match=r"1 to 2\^28 columns"):
