@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Tests and measures fastlm on a GPU machine that has its own torch and triton and no network, within nine minutes.
 #
-#   benchmarks/gpu.sh [--dry] [--wheel FILE] [--only conformance|correctness|ops|attention|models]... [OUTDIR]
+#   benchmarks/gpu.sh [--dry] [--wheel FILE] [--only conformance|correctness|ops|attention|models|sanitizer]... [OUTDIR]
 #
 # Installs the checkout (or FILE) without dependencies into a temporary folder, compares the instructions of csrc/device with their
 # host body, runs the op tests compiled, then the op benchmarks, then whole models, as far as the time goes, and prints a short table
-# last. --only takes a part (several allowed). OUTDIR (default gpu-results) gets summary.txt, conformance.txt, tests.txt, ops.txt,
+# last. --only takes a part (several allowed); sanitizer, the CUDA kernels under compute-sanitizer, runs only so. OUTDIR (default gpu-results) gets summary.txt, conformance.txt, tests.txt, ops.txt,
 # ops.jsonl, train.jsonl and generate.jsonl; what is there is kept if the run is stopped. `python -m benchmarks report OUTDIR` makes
 # the page. --dry walks the same path on a CPU with tiny sizes.
 set -uo pipefail
@@ -19,10 +19,10 @@ while [ $# -gt 0 ]; do
     --wheel) wheel="$(realpath "$2")"; shift ;;
     --only)
       case "${2:-}" in
-        conformance|correctness|ops|attention|models) only="$only $2"; shift ;;
-        *) echo "gpu.sh: --only takes conformance, correctness, ops, attention or models, not '${2:-}'" >&2; exit 2 ;;
+        conformance|correctness|ops|attention|models|sanitizer) only="$only $2"; shift ;;
+        *) echo "gpu.sh: --only takes conformance, correctness, ops, attention, models or sanitizer, not '${2:-}'" >&2; exit 2 ;;
       esac ;;
-    -h|--help) sed -n '2,10p' "$0" | cut -c3-; exit 0 ;;
+    -h|--help) sed -n '2,11p' "$0" | cut -c3-; exit 0 ;;
     -*) echo "gpu.sh: unknown option $1; see --help" >&2; exit 2 ;;
     *) out="$1" ;;
   esac
@@ -73,7 +73,7 @@ install() {
     mkdir "$work/source" # a copy: the build must leave nothing in the checkout
     (cd "$root" && cp -r pyproject.toml setup.py README.md LICENSE MANIFEST.in fastlm kernels csrc "$work/source")
   fi
-  "$python" -m pip install --quiet --no-deps --no-index --no-build-isolation --target "$work/site" "$source"
+  FASTLM_CUDA=$((1 - dry)) "$python" -m pip install --quiet --no-deps --no-index --no-build-isolation --target "$work/site" "$source"
 }
 if install >"$work/install.txt" 2>&1; then
   say "installed ${wheel:-the checkout} into a temporary folder ($SECONDS s)"
@@ -83,7 +83,9 @@ fi
 "$python" - <<'PYTHON' 2>&1 | tee -a "$summary"
 import torch, fastlm
 from benchmarks.machine import machine
+from fastlm.ops import _cuda
 print(f"fastlm from {fastlm.__file__}")
+print(f"CUDA kernels: {_cuda.unavailable() or 'loaded'}")
 print("  ".join(f"{k}: {v}" for k, v in machine("cuda" if torch.cuda.is_available() else "cpu").items() if k != "kind"))
 PYTHON
 if [ $dry = 0 ] && ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
@@ -91,21 +93,40 @@ if [ $dry = 0 ] && ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is
   exit 1
 fi
 
-tests=("$root/tests/ops") workers=12 suite=quick options=(--no-page)
+tests=("$root/tests/ops") kernels=("$root/tests/csrc" "$root/tests/test_cuda_library.py") workers=12 suite=quick options=(--no-page)
 if [ $dry = 1 ]; then
   tests=("$root/tests/ops/test_rms_norm.py") workers=2 suite=tiny options+=(--provider fastlm:torch)
 fi
 
+# -o pythonpath= : pyproject.toml puts the checkout first, and the installed package is what is tested.
+pytest=("$python" -m pytest -q -c "$root/pyproject.toml" --rootdir "$root" -o pythonpath= -p no:cacheprovider)
+
 check() {
   local parallel=()
   "$python" -c "import xdist" 2>/dev/null && parallel=(-n "$workers")
-  # -o pythonpath= : pyproject.toml puts the checkout first, and the installed package is what is tested.
   # pytest-xdist needs up to 20 s to collect its workers and sum up.
-  timeout --signal=INT --kill-after=30 "$tests_limit" "$python" -m pytest "${tests[@]}" "${parallel[@]}" -q -m "not slow" \
-    -c "$root/pyproject.toml" --rootdir "$root" -o pythonpath= -p no:cacheprovider >"$out/tests.txt" 2>&1 &
+  timeout --signal=INT --kill-after=30 "$tests_limit" "${pytest[@]}" "${tests[@]}" "${parallel[@]}" -m "not slow" \
+    >"$out/tests.txt" 2>&1 &
   job=$!
   wait "$job"
   say "tests: exit status $? ($SECONDS s)"
+  timeout --signal=INT --kill-after=10 60 "${pytest[@]}" "${kernels[@]}" -m gpu >>"$out/tests.txt" 2>&1 &
+  job=$!
+  wait "$job"
+  say "tests of CUDA kernels: exit status $? ($SECONDS s)"
+}
+
+# At most 40 cases under each tool: instructions are patched, and run some hundred times slower.
+sanitize() {
+  command -v compute-sanitizer >/dev/null || { say "sanitizer: there is no compute-sanitizer in PATH"; return; }
+  local tool
+  for tool in memcheck racecheck; do
+    timeout --signal=INT --kill-after=10 240 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+      "${pytest[@]}" "${kernels[@]}" -m gpu -k "not conformance and not graph and not averages" >>"$out/tests.txt" 2>&1 &
+    job=$!
+    wait "$job"
+    say "$tool: exit status $? ($SECONDS s)"
+  done
 }
 
 # The instructions of the device layer on this GPU against their host body; a kernel that waits for ever costs no more than this.
@@ -134,6 +155,7 @@ measure() { timed "$1" benchmarks run --op "$@" --suite "$suite" "${options[@]}"
 # what it compares was measured in one process.
 wants conformance && conform
 wants correctness && check
+[[ " $only " == *" sanitizer "* ]] && sanitize
 ops=""
 for op in $("$python" -m benchmarks run --list); do
   case "$op" in

@@ -28,7 +28,7 @@ def test_help_and_unknown_option():
     done = _run("--only", "everything")
     assert (
         done.returncode == 2
-        and "--only takes conformance, correctness, ops, attention or models, not 'everything'" in done.stderr
+        and "--only takes conformance, correctness, ops, attention, models or sanitizer, not 'everything'" in done.stderr
     )
 
 
@@ -42,6 +42,24 @@ def test_conformance(tmp_path):
     summary = (tmp_path / "summary.txt").read_text()
     assert re.search(r"conformance: exit status 0 \(\d+ s\): conformance: all \d+ cases agree", summary)
     assert "tests:" not in summary and (tmp_path / "ops.jsonl").read_text() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses on a CPU")
+def test_sanitizer(tmp_path):
+    """The tool is a stand-in that runs what it is given."""
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\necho "under $2"; shift 6; exec "$@"\n')
+    tool.chmod(0o755)
+    environment = os.environ | {"PYTHON": sys.executable, "PATH": f"{tool.parent}:{os.environ['PATH']}"}
+    command = ["bash", str(SCRIPT), "--dry", "--only", "sanitizer", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert "memcheck: exit status 0" in summary and "racecheck: exit status 0" in summary, done.stdout + done.stderr
+    ran = (tmp_path / "out" / "tests.txt").read_text()
+    assert "under memcheck" in ran and "under racecheck" in ran
+    assert all(0 < int(n) <= 40 for n in re.findall(r"(\d+) skipped", ran)), ran
 
 
 @pytest.mark.slow
