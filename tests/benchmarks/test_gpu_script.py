@@ -28,7 +28,8 @@ def test_help_and_unknown_option():
     done = _run("--only", "everything")
     assert (
         done.returncode == 2
-        and "--only takes conformance, correctness, ops, attention, models or sanitizer, not 'everything'" in done.stderr
+        and "--only takes conformance, correctness, ops, attention, models or sanitizer, not 'everything'"
+        in done.stderr
     )
 
 
