@@ -313,9 +313,10 @@ int start_for(const fastlm_attention& a, void* stream) {
 
 extern "C" int fastlm_attention_fwd(const fastlm_attention* args, void* stream) {
   const fastlm_attention& a = *args;
-  constexpr int64_t most = int64_t{1} << 30;
+  constexpr int64_t most = int64_t{1} << 29;  // a query's number and the diagonal are added in 32 bits
   if (a.batch < 1 || a.queries < 1 || a.queries >= most || a.keys < 1 || a.keys >= most || a.kv_heads < 1 ||
-      a.heads % a.kv_heads != 0 || a.heads < 1 || a.programs < 1 || !(a.scale > 0.0f) || a.batch * a.heads > 0x7fffffff) {
+      a.heads % a.kv_heads != 0 || a.heads < 1 || a.programs < 1 || !(a.scale >= 0x1p-126f && a.scale <= 0x1p127f) ||
+      a.batch * a.heads > 0x7fffffff) {
     return kInvalidValue;
   }
   if (!has_wgmma()) return kNotSupported;

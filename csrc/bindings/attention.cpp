@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   STD_TORCH_CHECK(H_kv > 0 && H % H_kv == 0, kOp, ": the heads of q must be a multiple of those of k");
   STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && k.scalar_type() == v.scalar_type(), kOp,
                   ": q, k and v must have one dtype");
-  STD_TORCH_CHECK((D == 64 || D == 128 || D == 256) && scale > 0, kOp,
-                  ": its kernels have heads of 64, 128 and 256, and scale > 0");
+  STD_TORCH_CHECK(D == 64 || D == 128 || D == 256, kOp, ": its kernels have heads of 64, 128 and 256, got ", D);
+  STD_TORCH_CHECK(scale >= 0x1p-126 && scale <= 0x1p127, kOp, ": scale must be from 2^-126 to 2^127, got ", scale);
   const DeviceGuard guard(q.get_device_index());
 
   Tensor o = stable::new_empty(q, {B, S, H, D});

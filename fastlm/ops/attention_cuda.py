@@ -12,6 +12,8 @@ from fastlm.ops import _cuda
 from fastlm.ops.attention_reference import FROM_START, Call
 
 WIDTHS = (64, 128, 256)
+LENGTHS = 2**29  # the kernel adds a query's number and the diagonal in 32 bits
+SCALES = (2.0**-126, 2.0**127)  # between which scale and scale * log2(e) are normal fp32 numbers
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -31,10 +33,10 @@ def reason_against(call: Call) -> str | None:
         return "it takes no alibi_slopes, packed sequences, key_starts, prefix_lengths, document_ids, block_mask or dropout"
     if call.left >= 0 or call.softcap or call.dropout:
         return "it takes no window to the left, softcap or dropout"
-    if call.scale <= 0:
-        return f"its softmax needs scale > 0, got {call.scale}"
-    if max(q.shape[1], v.shape[1]) >= 2**30:
-        return f"its queries and keys are fewer than 2^30, got {q.shape[1]} and {v.shape[1]}"
+    if not SCALES[0] <= call.scale <= SCALES[1]:
+        return f"its softmax needs scale > 0, from 2^-126 to 2^127, got {call.scale}"
+    if max(q.shape[1], v.shape[1]) >= LENGTHS:
+        return f"its queries and keys are fewer than 2^29, got {q.shape[1]} and {v.shape[1]}"
     if not _HAS_TRITON and torch.is_grad_enabled() and any(t.requires_grad for t in call[:3]):
         return "its backward is Triton's, which is not installed; `pip install 'fastlm[triton]'`"
     return None

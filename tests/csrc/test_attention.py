@@ -1,6 +1,7 @@
 """csrc/attention.cu on the host body of the device layer, against the reference of the op, and as machine code."""
 
 import inspect
+import math
 import re
 from ctypes import c_int32
 
@@ -42,8 +43,8 @@ def diagonal_of(causal, S, T):
     return {False: T, True: T - S, "top_left": 0}[causal]
 
 
-def launch(lib, q, k, v, causal=False, scale=None, programs=3, order=ASYNC_ORDERS[0][0], buffers=None):
-    """(o, lse); buffers: of what q, k and v are parts."""
+def launch(lib, q, k, v, causal=False, scale=None, programs=3, order=ASYNC_ORDERS[0][0], buffers=None, **changed):
+    """(o, lse); buffers: of what q, k and v are parts; `changed` replaces members of the launcher's struct."""
     B, S, H, width = q.shape
     T = k.shape[1]
     o = torch.full((B, S, H, width), float("nan"), dtype=q.dtype)
@@ -53,6 +54,7 @@ def launch(lib, q, k, v, causal=False, scale=None, programs=3, order=ASYNC_ORDER
         "q": In(q), "k": In(k), "v": In(v), "o": Out(o), "lse": Out(lse), "batch": B, "queries": S, "keys": T, "heads": H,
         "kv_heads": k.shape[2], **strides, "diagonal": diagonal_of(causal, S, T), "width": c_int32(width),
         "dtype": c_int32(DTYPES[q.dtype]), "programs": c_int32(programs), "scale": width**-0.5 if scale is None else scale,
+        **changed,
     }, order=order, buffers=buffers)  # fmt: skip
     return o, lse
 
@@ -151,6 +153,13 @@ def test_wrong_arguments_are_refused(lib):
     q, k, v = inputs(1, 40, 40, 1, 1, 96)
     with pytest.raises(HostError, match="returned 1: no report"):
         launch(lib, q, k, v)
+    q, k, v = inputs(1, 40, 40, 1, 1, 64)
+    for scale in (0.0, 2.0**-127, 2.0**127.5, math.inf, math.nan):
+        with pytest.raises(HostError, match="returned 1: no report"):
+            launch(lib, q, k, v, scale=scale)
+    for many in ({"queries": 1 << 29}, {"keys": 1 << 29}):
+        with pytest.raises(HostError, match="returned 1: no report"):
+            launch(lib, q, k, v, **many)
     q, k, v = torch.randn(3, 1, 40, 1, 66)[..., :64].bfloat16().unbind(0)
     k = torch.randn(1, 40, 1, 66).bfloat16()[..., :64]
     with pytest.raises(
@@ -302,12 +311,18 @@ def test_what_it_does_not_take(monkeypatch):
         ({"relative_bias": torch.zeros(2, 5)}, "it takes no relative_bias"),
         ({"sinks": torch.zeros(2)}, "it takes no sinks"),
         ({"key_starts": torch.tensor([4])}, "it takes no alibi_slopes"),
-        ({"scale": -1.0}, "scale > 0, got -1.0"),
+        ({"scale": -1.0}, "scale > 0, from 2.-126 to 2.127, got -1.0"),
+        ({"scale": 1e-50}, "got 1e-50"),  # in fp32 it is 0
+        ({"scale": 3e38}, "got 3e[+]38"),  # scale * log2(e) would be infinite
+        ({"scale": math.nan}, "got nan"),
         ({"v": v[..., :32]}, "64, 128 or 256 wide, those of v like those of q, got 64 and 32"),
         ({"q": q.float(), "k": k.float(), "v": v.float()}, "take bfloat16 and float16, got float32"),
     ):
         with pytest.raises(ValueError, match=words):
             attention(**{"q": q, "k": k, "v": v} | wrong, backend="cuda")
+    many = torch.empty(1, 1, 2, 64, dtype=BF16).expand(1, 1 << 29, 2, 64)
+    for long, words in (((many, k, v), "got 536870912 and 8"), ((q, many, many), "got 8 and 536870912")):
+        assert words in attention_cuda.reason_against(call_of(*long, False, None))
     assert "not measured" in OP._slower("cuda", q) and OP._slower("triton", q) is None  # auto passes over it
     monkeypatch.setattr(attention_cuda, "_HAS_TRITON", False)
     with pytest.raises(ValueError, match="its backward is Triton's, which is not installed"):
@@ -320,6 +335,9 @@ def test_what_it_does_not_take(monkeypatch):
     ):
         with pytest.raises(RuntimeError, match=words):
             function(*(x.detach() for x in args), 8, 1.0)
+    for scale in (0.0, 1e-50, 3e38, math.inf, math.nan):
+        with pytest.raises(RuntimeError, match="scale must be from 2.-126 to 2.127"):
+            function(q.detach(), k, v, 8, scale)
 
 
 @pytest.mark.gpu
