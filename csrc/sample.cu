@@ -50,40 +50,93 @@ template <class T>
 struct Row {
   Global<const T> x;
   int columns;
-  bool aligned;     // at 16 bytes
+  int shift;        // elements from a multiple of 16 bytes to the first one
   int first, step;  // where this thread begins, and how far it is to its next vector
+
+  DEVICE float operator[](int i) const { return to_float(load_vector<1>(x + i)[0]); }
 };
 
 template <class T>
 constexpr int kLowestBit = sizeof(T) == 4 ? 0 : std::is_same_v<T, bf16> ? 16 : 12;  // of a key that says something; even
 
-// f(first, values) for each of this thread's groups of kVector<T> neighbours; past the end they are -inf.
+using Words = Vector<uint32_t, 4>;  // of a vector: 16-bit elements would be taken apart
+
+// Elements shift to shift + kVector<T> of two vectors.
+template <class T>
+DEVICE Words realigned(const Words& low, const Words& high, int shift) {
+  uint32_t w[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w[i] = low[i], w[i + 4] = high[i];
+  const int word = 4 / sizeof(T);  // elements of one
+#pragma unroll
+  for (int i = 0; i < 6; ++i) w[i] = shift & 2 * word ? w[i + 2] : w[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) w[i] = shift & word ? w[i + 1] : w[i];
+  Words v;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[i] = sizeof(T) == 4 ? w[i] : static_cast<uint32_t>((uint64_t{w[i + 1]} << 32 | w[i]) >> (16 * (shift & 1)));
+  }
+  return v;
+}
+
+// f(first, values) for each of this thread's groups of kVector<T> neighbours; past the end they are -inf. Rows that do not begin
+// at 16 bytes (those of an odd vocabulary) are read in vectors too, two for each. What would reach beyond the row is read element
+// by element; that is in a loop, as it is seldom and would else be most of the kernel.
 template <class T, class F>
 DEVICE void over_row(const Row<T>& row, F f, Where at = Where::current()) {
   constexpr int VEC = kVector<T>;
+  const int reach = row.shift == 0 ? VEC : 2 * VEC - row.shift;
+  const auto inside = [&](int begin) { return begin >= row.shift && begin + reach <= row.columns; };
   for (int first = row.first; first < row.columns; first += kAhead * row.step) {
-    Vector<T, VEC> read[kAhead];
+    Words read[kAhead] = {}, next[kAhead] = {};
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int begin = first + k * row.step;
-      if (row.aligned && begin + VEC <= row.columns) {
-        read[k] = load_vector<VEC>(row.x + begin, at);
-      } else {
+      if (inside(begin)) {
+        const Global<const uint32_t> from = pointer_cast<const uint32_t>(row.x + begin - row.shift);
+        read[k] = load_vector<4>(from, at);
+        if (row.shift != 0) next[k] = load_vector<4>(from + 4, at);
+      }
+    }
+    if (row.shift != 0) {
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) read[k] = realigned<T>(read[k], next[k], row.shift);
+    }
+    if (!inside(first) || !inside(first + (kAhead - 1) * row.step)) {
+#pragma unroll 1
+      for (int k = 0; k < kAhead; ++k) {
+        const int begin = first + k * row.step;
+        if (inside(begin) || begin >= row.columns) continue;
+        Vector<T, VEC> edge;
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
-          read[k][i] = from_float<T>(-INFINITY);
-          if (begin + i < row.columns) read[k][i] = load_vector<1>(row.x + begin + i, at)[0];
+          edge[i] = from_float<T>(-INFINITY);
+          if (begin + i < row.columns) edge[i] = load_vector<1>(row.x + begin + i, at)[0];
+        }
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          if (j == k) memcpy(&read[j], &edge, 16);
         }
       }
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
+      Vector<T, VEC> as_read;
+      memcpy(&as_read, &read[k], 16);
       float values[VEC];
 #pragma unroll
-      for (int i = 0; i < VEC; ++i) values[i] = to_float(read[k][i]);
+      for (int i = 0; i < VEC; ++i) values[i] = to_float(as_read[i]);
       if (first + k * row.step < row.columns) f(first + k * row.step, values);
     }
   }
+}
+
+// f over the blocks of a row, in every thread of them. A cluster's barrier waits for memory, a block's does not.
+template <class T, class F>
+DEVICE T row_reduce(T v, F f, T identity, Where at = Where::current()) {
+  if (cluster_blocks() == 1) return block_reduce(v, f, identity, at);
+  return cluster_reduce(v, f, identity, false, at);
 }
 
 // Three sums over the block, in every thread.
@@ -111,6 +164,7 @@ DEVICE uint32_t search(uint32_t low, uint32_t high, int lowest, uint64_t target,
   int bit = 32;
   while (bit > lowest && (low ^ high) >> (bit - 2) == 0) bit -= 2;
   uint32_t found = bit == 32 ? 0 : high >> bit << bit;
+#pragma unroll 1
   while (bit > lowest) {
     bit -= 2;
     uint64_t above[3] = {0, 0, 0};
@@ -143,6 +197,12 @@ DEVICE uint64_t mass_of(float s) { return static_cast<uint64_t>(fast_exp2(s * kL
 DEVICE float uniform(uint32_t word) { return minimum((static_cast<float>(word) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f); }
 DEVICE float gumbel(float u) { return -logf(-log1pf(-u)); }
 
+// Of four words that of a token.
+DEVICE uint32_t word_of(const RandomWords& words, int token) {
+  const uint32_t half = token & 1 ? words.word[1] : words.word[0], other = token & 1 ? words.word[3] : words.word[2];
+  return token & 2 ? other : half;
+}
+
 // What a row's draw needs to know.
 struct Rule {
   float top, inverse, floor;  // tempered logits below `floor` are out
@@ -165,10 +225,10 @@ sample_kernel(const fastlm_sample a) {
   constexpr int VEC = kVector<T>;
   const int blocks = cluster_blocks(), rank = cluster_rank(), r = block_x() / blocks;
   const Global<const T> x = Global<const T>(static_cast<const T*>(a.logits)) + r * a.row_stride;
-  const bool aligned = (reinterpret_cast<uint64_t>(a.logits) + r * a.row_stride * sizeof(T)) % 16 == 0;
+  const int shift = static_cast<int>((reinterpret_cast<uint64_t>(a.logits) / sizeof(T) + r * a.row_stride) % VEC);
   const int columns = static_cast<int>(a.columns), threads = block_threads();
-  const Row<T> row{x, columns, aligned, (rank * threads + thread_id()) * VEC, blocks * threads * VEC};
-  const Row<T> whole{x, columns, aligned, thread_id() * VEC, threads * VEC};
+  const Row<T> row{x, columns, shift, (rank * threads + thread_id()) * VEC, blocks * threads * VEC};
+  const Row<T> whole{x, columns, shift, thread_id() * VEC, threads * VEC};
   const float temperature = setting(a.temperatures, a.temperature, r), top_p = setting(a.top_ps, a.top_p, r);
   const float min_p = setting(a.min_ps, a.min_p, r);
   const int64_t top_k = setting(a.top_ks, a.top_k, r);
@@ -180,7 +240,7 @@ sample_kernel(const fastlm_sample a) {
     for (int i = 0; i < VEC; ++i) best = maximum(best, pack(key_of(v[i]), first + i));
   });
   const uint32_t own_top = static_cast<uint32_t>(best >> 32);
-  best = cluster_reduce(best, Max(), kNothing);
+  best = row_reduce(best, Max(), kNothing);
   const uint32_t top_key = static_cast<uint32_t>(best >> 32);
   int token = index_of(best);
   if (top_key == kNan || top_key <= kMinusInfinity) {
@@ -209,22 +269,29 @@ sample_kernel(const fastlm_sample a) {
       if (!few && wanted <= most) {
         few = true;
         const uint32_t reached = search(0, top_key, kLowestBit<T>, wanted, [&](auto f) { f(own_top, 1); });
-        cut = maximum(cut, static_cast<uint32_t>(cluster_reduce(static_cast<uint64_t>(reached), Max(), kNothing)));
+        cut = maximum(cut, static_cast<uint32_t>(row_reduce(static_cast<uint64_t>(reached), Max(), kNothing)));
       }
+      const bool alone = blocks == 1;
       const Shared<int> there = cluster_pointer(counter, 0), their_tokens = cluster_pointer(tokens, 0);
       const Shared<uint32_t> their_keys = cluster_pointer(keys, 0);
       over_row(row, [&](int first, const float(&v)[VEC]) {
+        int many = 0;  // candidates
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
-          const uint32_t key = key_of(v[i]);
           if (by_mass && !by_count) total += mass_of(tempered(v[i], top, rule.inverse));
-          if (few && key >= cut) {
-            const int slot = atomic_add(there, 1);
-            if (slot < kHeld) their_keys[slot] = key, their_tokens[slot] = first + i;
-          }
+          many += few && key_of(v[i]) >= cut;
+        }
+        if (many == 0) return;
+        int slot = alone ? atomic_add(counter, many) : atomic_add(there, many);
+#pragma unroll 1
+        for (int i = first; i < first + VEC && i < columns; ++i) {  // seldom: read again, not kept by number in registers
+          const uint32_t key = key_of(row[i]);
+          if (key < cut) continue;
+          if (slot < kHeld) their_keys[slot] = key, their_tokens[slot] = i;
+          ++slot;
         }
       });
-      total = cluster_sum(total);  // and all candidates have come
+      total = row_reduce(total, Add(), kNothing);  // and all candidates have come
       if (rank == 0) {
         const int collected = counter[0];
         if (few && collected <= kHeld) held = collected;
@@ -247,16 +314,17 @@ sample_kernel(const fastlm_sample a) {
           });
         }
       };
+#pragma unroll 1
       for (int stage = by_count ? 0 : 1; stage < (by_mass ? 2 : 1); ++stage) {
         weigh = stage == 1;
         uint64_t target = static_cast<uint64_t>(top_k);
         if (weigh) {
-          uint64_t sums[3] = {0, 0, 0};  // of what is left, in the row or among the candidates
-          each([&](uint32_t key, uint64_t amount) { sums[0] += key >= rule.threshold ? amount : 0; });
-          block_sums(sums);
-          const double share = maximum(top_p, 0.0f) * static_cast<double>(by_count ? sums[0] : total);
+          uint64_t left = 0;  // in the row or among the candidates
+          each([&](uint32_t key, uint64_t amount) { left += key >= rule.threshold ? amount : 0; });
+          left = block_sum(left);
+          const double share = maximum(top_p, 0.0f) * static_cast<double>(by_count ? left : total);
           target = maximum(static_cast<uint64_t>(ceil(share)), static_cast<uint64_t>(1));
-          if (sums[0] < target) held = 0;  // the candidates are too few after all
+          if (left < target) held = 0;  // the candidates are too few after all
         }
         rule.threshold = maximum(rule.threshold, search(held > 0 ? maximum(cut, rule.threshold) : rule.threshold, top_key,
                                                         kLowestBit<T>, target, each));
@@ -273,13 +341,11 @@ sample_kernel(const fastlm_sample a) {
         const int id = tokens[i];
         const float s = tempered(value_of(at), top, rule.inverse);
         if (!rule.keeps(at, s)) continue;
-        const RandomWords words = rule.words(id / 4);
-        const uint32_t half = id & 1 ? words.word[1] : words.word[0], other = id & 1 ? words.word[3] : words.word[2];
-        best = maximum(best, pack(key_of(s + gumbel(uniform(id & 2 ? other : half))), id));
+        best = maximum(best, pack(key_of(s + gumbel(uniform(word_of(rule.words(id / 4), id)))), id));
       }
     } else if (!searches || rank == 0) {
       float leads = -kLargest;  // the best of this thread so far
-      const Row<T> part{x, columns, aligned, searches ? whole.first : row.first, searches ? whole.step : row.step};
+      const Row<T> part{x, columns, shift, searches ? whole.first : row.first, searches ? whole.step : row.step};
       over_row(part, [&](int first, const float(&v)[VEC]) {
 #pragma unroll
         for (int g = 0; g < VEC; g += 4) {
@@ -293,19 +359,24 @@ sample_kernel(const fastlm_sample a) {
           }
           if (!any) continue;
           const RandomWords words = rule.words((first + g) / 4);
+          uint32_t lead = 0;  // those that may
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             // s + gumbel > leads asks that -log(1 - u), which is above u, be below exp(s - leads): two logarithms are seldom needed.
             const float u = uniform(words.word[i]);
-            if (s[i] == -INFINITY || u > fast_exp2((s[i] - leads) * kLog2e) * 1.001f) continue;
-            const float score = s[i] + gumbel(u);
+            if (s[i] > -INFINITY && u <= fast_exp2((s[i] - leads) * kLog2e) * 1.001f) lead |= 1u << i;
+          }
+#pragma unroll 1
+          for (int i = 0; lead >> i != 0; ++i) {
+            if (!(lead >> i & 1)) continue;
+            const float score = tempered(row[first + g + i], top, rule.inverse) + gumbel(uniform(word_of(words, i)));
             leads = maximum(leads, score);
             best = maximum(best, pack(key_of(score), first + g + i));
           }
         }
       });
     }
-    token = index_of(searches ? block_reduce(best, Max(), kNothing) : cluster_reduce(best, Max(), kNothing));
+    token = index_of(searches ? block_reduce(best, Max(), kNothing) : row_reduce(best, Max(), kNothing));
   }
 
   float logprob = 0;
@@ -315,11 +386,11 @@ sample_kernel(const fastlm_sample a) {
 #pragma unroll
       for (int i = 0; i < VEC; ++i) total += fast_exp2(tempered(v[i], top, 1.0f) * kLog2e);
     });
-    logprob = -logf(cluster_sum(total));
+    logprob = -logf(row_reduce(total, Add(), 0.0f));
   }
   if (rank == 0 && thread_id() == 0) {
     Global<int64_t>(a.tokens)[r] = token;
-    if (a.logprobs != nullptr) Global<float>(a.logprobs)[r] = logprob + tempered(to_float(load_vector<1>(x + token)[0]), top, 1.0f);
+    if (a.logprobs != nullptr) Global<float>(a.logprobs)[r] = logprob + tempered(row[token], top, 1.0f);
   }
 }
 

@@ -161,11 +161,16 @@ def test_rows_with_infinities_and_nan(lib, columns, options):
 
 
 def test_rows_anywhere(lib):
-    """At odd strides and addresses, with NaN between them, which is not read as an element."""
-    for dtype in (FP32, BF16):
-        wide = torch.full((4, 93), float("nan"), dtype=dtype)
-        x = wide[:, 5:82].copy_(torch.randn(4, 77))
-        assert_same(launch(lib, x, top_p=0.9), x, top_p=0.9)
+    """At odd strides and addresses, with NaN between them, which is not read as an element: eight rows, of which each begins at
+    another place of a vector."""
+    for dtype in (FP32, BF16, FP16):
+        for columns in (1, 7, 12, 77, 4501):
+            wide = torch.full((8, columns + 14 | 1), float("nan"), dtype=dtype)
+            x = wide[:, 5 : columns + 5].copy_(3 * torch.randn(8, columns))
+            for options in (
+                ({}, {"top_p": 0.9}) if columns < 99 else ({"top_k": 20, "top_p": 0.9}, {"temperature": 2.0})
+            ):
+                assert_same(launch(lib, x, **options), x, **options)
 
 
 def test_the_offset_and_the_row_change_the_draw(lib):
@@ -200,15 +205,15 @@ def cluster(name):
 
 # mistake -> what is written wrongly, and the test that must see it
 BUGS = {
-    "no barrier before the candidates are read": ("total = cluster_sum(total);", "", options_of("top_k")),
+    "no barrier before the candidates are read": ("total = row_reduce(total, Add(), kNothing);", "", options_of("top_k")),
     "candidates beyond what is held": (
         "if (slot < kHeld) their_keys[slot]", "their_keys[slot]", lambda lib: test_equal_logits_stay_together(lib, 2200, -3.0)),
     "an incomplete set is taken": (
         "if (few && collected <= kHeld) held", "if (few) held", lambda lib: test_equal_logits_stay_together(lib, 2200, -3.0)),
-    "the share of the candidates, not of the row": ("(by_count ? sums[0] : total)", "(sums[0])", wide("top_p")),
-    "too little mass is taken": ("if (sums[0] < target) held = 0;", "", wide("flat")),
+    "the share of the candidates, not of the row": ("(by_count ? left : total)", "(left)", wide("top_p")),
+    "too little mass is taken": ("if (left < target) held = 0;", "", wide("flat")),
     "a block's own cut": (
-        "static_cast<uint32_t>(cluster_reduce(static_cast<uint64_t>(reached), Max(), kNothing))", "reached",
+        "static_cast<uint32_t>(row_reduce(static_cast<uint64_t>(reached), Max(), kNothing))", "reached",
         test_the_large_logits_of_a_cluster_in_one_block),
     "candidates kept to oneself": ("cluster_pointer(counter, 0)", "counter", cluster("top_k")),
     "a bit too far": ("above[c] += digit > c ? amount : 0", "above[c] += digit > c + 1 ? amount : 0", options_of("top_k")),
@@ -218,8 +223,11 @@ BUGS = {
     "infinity times nothing": (
         "maximum(minimum(1.0f / temperature, kLargest), kSmallest)", "minimum(1.0f / temperature, kLargest)",
         options_of("endless")),
-    "words in another order": ("id & 2 ? other : half", "id & 2 ? half : other", options_of("top_p")),
-    "noise left out too early": ("* kLog2e) * 1.001f) continue", "* kLog2e) * 0.01f) continue", options_of("hot")),
+    "vectors that do not begin at 16 bytes": ("row.x + begin - row.shift)", "row.x + begin)", test_rows_anywhere),
+    "a vector not moved to its place": ("shift & 2 * word ? w[i + 2]", "shift & 2 * word ? w[i + 1]", test_rows_anywhere),
+    "the beginning of a row left out": ("begin >= row.shift &&", "", test_rows_anywhere),
+    "words in another order": ("token & 2 ? other : half", "token & 2 ? half : other", options_of("top_p")),
+    "noise left out too early": ("* kLog2e) * 1.001f) lead", "* kLog2e) * 0.000001f) lead", cluster("plain")),
 }  # fmt: skip
 
 
