@@ -12,19 +12,30 @@ import triton
 import triton.language as tl
 
 from .common import at_two_strides, empty_beside
-from .loss_rows import LOWEST, add_to_softmax, ends_of, kind_of_softcap, logit, peels, row_of, store_gradient, strides
+from .loss_rows import (
+    LOWEST,
+    add_to_softmax,
+    ends_of,
+    kind_of_softcap,
+    logit,
+    peels,
+    pivot_of,
+    row_of,
+    store_gradient,
+    strides,
+)
 
 
 @triton.jit
-def _read_tile(z_ptr, at, first, mask, weight_ptr, state, scale, softcap, MASKED: tl.constexpr, SMOOTHING: tl.constexpr,
+def _read_tile(z_ptr, at, first, mask, weight_ptr, state, pivot, scale, softcap, MASKED: tl.constexpr, SMOOTHING: tl.constexpr,
                SOFTCAP: tl.constexpr):  # fmt: skip
-    """state: the maximum, and per lane the sums of exp(x - maximum) and of w x (w: class weights)."""
+    """state: the maximum, and per lane the sums of exp(x - maximum) and of w (x - pivot) (w: class weights)."""
     peak, sums, total = state
     x = logit(z_ptr + at, mask, scale, softcap, SOFTCAP)
     if SMOOTHING:
-        wx = x
+        wx = x - pivot
         if weight_ptr is not None:
-            wx = x * tl.load(weight_ptr + (at - first), mask=mask)
+            wx *= tl.load(weight_ptr + (at - first), mask=mask)
         total += tl.where(mask, wx, 0.0) if MASKED else wx
     peak, sums = add_to_softmax(x, mask, peak, sums, MASKED)
     return peak, sums, total
@@ -71,20 +82,21 @@ def _cross_entropy_fwd_kernel(
     if target != ignore_index:
         valid, index, share, weight_sum = _share_of(target, V, smoothing, weight_ptr, weight_sum_ptr)
         picked = logit(z_ptr + first + index, None, scale, softcap, SOFTCAP)
+        pivot = pivot_of(picked)
         lane = tl.arange(0, BLOCK_V)
         zeros = tl.zeros((BLOCK_V,), tl.float32)
         state = (tl.full((), LOWEST, tl.float32), zeros, zeros)
         begin: tl.constexpr = BLOCK_V if PEEL else 0
         full, end = ends_of(first, V, PEEL, BLOCK_V)
         if PEEL:
-            state = _read_tile(z_ptr, lane, first, (lane >= first) & (lane < end), weight_ptr, state, scale, softcap,
+            state = _read_tile(z_ptr, lane, first, (lane >= first) & (lane < end), weight_ptr, state, pivot, scale, softcap,
                                True, SMOOTHING, SOFTCAP)  # fmt: skip
         for start in range(begin, full, BLOCK_V):
             state = _read_tile(
-                z_ptr, start + lane, first, None, weight_ptr, state, scale, softcap, False, SMOOTHING, SOFTCAP
+                z_ptr, start + lane, first, None, weight_ptr, state, pivot, scale, softcap, False, SMOOTHING, SOFTCAP
             )
         if full < end:
-            state = _read_tile(z_ptr, full + lane, first, full + lane < end, weight_ptr, state, scale, softcap, True,
+            state = _read_tile(z_ptr, full + lane, first, full + lane < end, weight_ptr, state, pivot, scale, softcap, True,
                                SMOOTHING, SOFTCAP)  # fmt: skip
         peak, sums, total = state
         log_sum = tl.log(tl.sum(sums, 0))
@@ -92,7 +104,7 @@ def _cross_entropy_fwd_kernel(
         # peak - picked first: it is exact where the target is the maximum, and the loss small.
         loss = share * (log_sum + (peak - picked)) + z_loss * lse * lse
         if SMOOTHING:
-            loss += smoothing / V * (weight_sum * lse - tl.sum(total, 0))
+            loss += smoothing / V * (weight_sum * (log_sum + (peak - pivot)) - tl.sum(total, 0))
         loss = tl.where(valid, loss, float("nan"))
     tl.store(loss_ptr + row, loss)
     tl.store(statistics_ptr + row, peak)

@@ -16,8 +16,8 @@ import triton.language as tl
 
 from .common import row_start
 
-# The maximum before the first tile: finite, as a whole tile of -inf must not give inf - inf.
-LOWEST = tl.constexpr(-3.0e38)
+# The maximum before the first tile, the lowest number of fp32: finite, as a whole tile of -inf must not give inf - inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 def peels(*tensors):
@@ -87,6 +87,12 @@ def logit(z_ptr, mask, scale, softcap, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         x = softcap * tanh(x / softcap, (z_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2)
     return x
+
+
+@triton.jit
+def pivot_of(picked):
+    """What is subtracted from logits before their sum is taken, from the target's: what they share would take its digits."""
+    return tl.where(tl.abs(picked) < float("inf"), picked, 0.0)
 
 
 @triton.jit

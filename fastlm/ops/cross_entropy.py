@@ -26,16 +26,16 @@ def _scaled(input, scale, softcap):
 def _reference(input, target, weight, ignore_index, label_smoothing, z_loss, scale, softcap):
     live, V = target != ignore_index, input.shape[-1]
     x = _scaled(input.masked_fill(~live.unsqueeze(-1), 0), scale, softcap)
-    lse = x.logsumexp(-1)
+    terms = -x.log_softmax(-1)  # lse - x, of which a large lse would round the digits away
     index = target.clamp(0, V - 1)
     w = None if weight is None else weight.to(x.dtype)
-    loss = (1 - label_smoothing) * (lse - x.gather(-1, index.unsqueeze(-1)).squeeze(-1))
+    loss = (1 - label_smoothing) * terms.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     if w is not None:
         loss = loss * w[index]
     if label_smoothing:  # else 0 times the -inf of a class that is ruled out
-        terms = lse.unsqueeze(-1) - x
         loss = loss + label_smoothing / V * (terms if w is None else terms * w).sum(-1)
-    loss = loss + z_loss * lse.square()
+    if z_loss:  # else 0 times the square of an lse beyond 1.8e19
+        loss = loss + z_loss * x.logsumexp(-1).square()
     return loss.where((target >= 0) & (target < V), torch.nan).where(live, 0)
 
 

@@ -29,17 +29,17 @@ def _reference(hidden, weight, bias, target, token_weight, class_weight, denomin
     logits = logits.masked_fill(~live.unsqueeze(-1), 0)  # they may have overflowed
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    lse = logits.logsumexp(-1)
+    terms = -logits.log_softmax(-1)  # lse - logits, of which a large lse would round the digits away
     index = target.clamp(0, weight.shape[0] - 1)
-    loss = lse - logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    loss = terms.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     w = None if class_weight is None else class_weight.to(dtype)
     if w is not None:
         loss = loss * w[index]
     loss = loss * (1 - label_smoothing)
     if label_smoothing:  # else 0 times the -inf of a class that a bias rules out
-        below = lse.unsqueeze(-1) - logits
-        loss = loss + label_smoothing * (below if w is None else below * w).mean(-1)
-    loss = loss + z_loss * lse.square()
+        loss = loss + label_smoothing * (terms if w is None else terms * w).mean(-1)
+    if z_loss:  # else 0 times the square of an lse beyond 1.8e19
+        loss = loss + z_loss * logits.logsumexp(-1).square()
     loss = loss.where((target >= 0) & (target < weight.shape[0]), torch.nan)
     if token_weight is not None:
         loss = loss * token_weight.to(dtype)

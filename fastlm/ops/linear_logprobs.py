@@ -47,8 +47,7 @@ def _outputs(z, logp, lse, below, target, ignore_index):
 
 def _reference(hidden, weight, bias, target, ignore_index, scale, softcap, *_):
     z = _logits(hidden, weight, bias, compute_dtype(hidden), scale, softcap)
-    lse = z.logsumexp(-1)
-    logp = z - lse.unsqueeze(-1)
+    logp, lse = z.log_softmax(-1), z.logsumexp(-1)  # not z - lse: a large lse would round the digits away
     return _outputs(z, logp, lse, -logp.masked_fill(z == -torch.inf, 0), target, ignore_index)
 
 

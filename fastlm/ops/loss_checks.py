@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fastlm.ops._tensor import can_read, compute_dtype
 
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 def check_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
     """input [..., D], weight [V, D], bias [V] or None, all floating point, and target [...] int64."""
@@ -36,8 +38,10 @@ def check_logits(op: str, scale: float, softcap: float | None, logits_bytes: int
     """The options of every op that makes logits."""
     if isinstance(scale, Tensor):
         raise TypeError(f"{op}: scale must be a number, got a tensor; multiply input by it instead")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap must be > 0 or None, got {softcap}")
+    if softcap is not None and not _SMALLEST <= softcap <= _LARGEST:  # what kernels divide by, in fp32
+        raise ValueError(
+            f"{op}: softcap must be > 0 or None, a normal number of fp32 (1.2e-38 to 3.4e38), got {softcap}"
+        )
     if logits_bytes is not None and not logits_bytes > 0:
         raise ValueError(f"{op}: logits_bytes must be > 0 or None, got {logits_bytes}")
 

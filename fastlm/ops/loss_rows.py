@@ -60,10 +60,11 @@ def cross_entropy_rows(logits, target, loss, row_scale, class_weight, class_sum,
         torch.sub(peak, picked, out=out).add_(excess)
         if class_weight is not None:
             out.mul_(share[here])
-            if label_smoothing:
-                out.add_(class_sum * (peak + excess) - torch.mv(x, class_weight).unsqueeze(1), alpha=spread)
+            if label_smoothing:  # of x - peak: what logits share would take the digits of their sum
+                below = torch.mv(x - peak, class_weight).unsqueeze(1)
+                out.add_(class_sum * excess - below, alpha=spread)
         elif label_smoothing:
-            out.add_(picked - x.mean(-1, keepdim=True), alpha=label_smoothing)
+            out.add_((picked - x).mean(-1, keepdim=True), alpha=label_smoothing)
         if z_loss:
             out.add_((peak + excess).square_(), alpha=z_loss)
         if not with_grad:
@@ -97,7 +98,7 @@ def statistics(logits, target, stats, class_weight, scale, softcap):
     elsewhere = index.squeeze(1) != target
     for here in _blocks(logits, stats.dtype):
         x = _capped(logits[here], stats.dtype, scale, softcap)
-        peak = x.amax(-1, keepdim=True).clamp_(min=-3.0e38)  # finite, so that -inf - peak is -inf
+        peak = x.amax(-1, keepdim=True).clamp_(min=torch.finfo(x.dtype).min)  # finite, so that -inf - peak is -inf
         stats[0, here] = peak.squeeze(1)
         stats[4, here] = x.gather(1, index[here]).squeeze(1)
         if class_weight is not False:

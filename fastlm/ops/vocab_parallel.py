@@ -96,7 +96,9 @@ def _losses(part, chunks, class_weight, label_smoothing, z_loss, scale, softcap)
         spread = label_smoothing / classes
         loss, everywhere = loss + spread * (mass * lse - total), spread * mass
         factors[4] = spread
-    loss = (loss + z_loss * lse.square()).masked_fill_(found == 0, torch.nan).masked_fill_(target == _IGNORED, 0)
+    if z_loss:  # else 0 times the square of an lse beyond 1.8e19
+        loss = loss + z_loss * lse.square()
+    loss = loss.masked_fill(found == 0, torch.nan).masked_fill_(target == _IGNORED, 0)
     for row, value in zip(factors, (peak, log_sum, share, everywhere + 2 * z_loss * lse)):
         row.copy_(value)
     return loss, factors, logits if chunks.count == 1 else None

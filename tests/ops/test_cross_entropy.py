@@ -332,7 +332,8 @@ def test_explain_and_errors():
     fails(ValueError, "token_weight must be", input, target, token_weight=torch.ones(3))
     fails(ValueError, "reduction must be", input, target, reduction="avg")
     fails(ValueError, r"label_smoothing must be in \[0, 1\]", input, target, label_smoothing=1.5)
-    fails(ValueError, "softcap must be > 0", input, target, softcap=0.0)
+    for softcap in (0.0, 1e-46, 1e39, float("inf")):  # 0, or infinite, in the fp32 of kernels
+        fails(ValueError, "softcap must be > 0", input, target, softcap=softcap)
     fails(ValueError, "z_loss must be >= 0", input, target, z_loss=-1.0)
     fails(ValueError, "denominator is what", input, target, reduction="sum", denominator=3)
     fails(ValueError, "denominator must be", input, target, denominator=torch.ones(2))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import nn, ops
+from fastlm.ops import loss_rows
 
 BACKENDS = ("torch", "triton")
 EACH = pytest.mark.parametrize("backend", BACKENDS)
@@ -304,3 +305,52 @@ def test_cross_entropy_as_torch_is_called():
     for keywords in ({"size_average": True}, {"reduce": False}):
         with pytest.raises(ValueError, match="size_average and reduce must be None"):
             nn.CrossEntropyLoss(**keywords)
+
+
+# --- large logits of cross entropy ---
+
+
+def _cross_entropies(x, target, backend, **options):
+    """The same losses by cross_entropy and by linear_cross_entropy, whose product with the identity changes nothing."""
+    yield ops.cross_entropy(x, target, backend=backend, reduction="none", **options)
+    whole = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    yield ops.linear_cross_entropy(x, whole, target, backend=backend, reduction="none", **options)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@WITH_REFERENCE
+def test_rows_of_the_lowest_logits(backend, dtype, smoothing, device):
+    """As likely everywhere as any constant row; z_loss 0 times the square of their log-sum-exp is 0."""
+    x = torch.full((2, 4), torch.finfo(dtype).min, dtype=dtype, device=device).requires_grad_()
+    target = torch.tensor([1, 2], device=device)
+    loss = ops.cross_entropy(x, target, backend=backend, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(loss, torch.full((2,), 4.0, device=device).log())
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    want = 0.25 - smoothing / 4 - (1 - smoothing) * F.one_hot(target, 4)
+    torch.testing.assert_close(gradient, want.to(dtype))
+    hidden, weight = torch.ones(2, 1, dtype=dtype, device=device), x.detach()[0, :, None]
+    loss = ops.linear_cross_entropy(
+        hidden, weight, target, backend=backend, reduction="none", label_smoothing=smoothing
+    )
+    torch.testing.assert_close(loss, torch.full((2,), 4.0, device=device).log())
+    found = ops.linear_logprobs(hidden, weight, target, backend=backend)[0]
+    torch.testing.assert_close(found, -torch.full((2,), 4.0, device=device).log())
+
+
+def test_statistics_of_the_lowest_logits():
+    x, stats = torch.full((2, 4), torch.finfo(torch.float32).min), torch.empty(5, 2)
+    loss_rows.statistics(x, torch.tensor([1, 2]), stats, False, 1.0, None)
+    assert torch.equal(stats[:2], torch.stack((x[:, 0], torch.full((2,), 4.0))))
+
+
+@WITH_REFERENCE
+def test_smoothing_of_logits_that_share_an_offset(backend, device):
+    """In fp32 the sums of logits of 1e5 have no digits for their differences left."""
+    x, target = 1e5 + torch.randn(3, 300, device=device), torch.tensor([1, 2, 299], device=device)
+    for weight in (None, torch.rand(300, device=device)):
+        exact = F.cross_entropy(
+            x.double(), target, None if weight is None else weight.double(), reduction="none", label_smoothing=0.5
+        )
+        for found in _cross_entropies(x, target, backend, label_smoothing=0.5, weight=weight, z_loss=1e-20):
+            torch.testing.assert_close(found, exact.float(), rtol=2e-6 if backend != "torch" else 1e-5, atol=0)
