@@ -25,10 +25,12 @@ def _formula(p, g, *rest):
 
 
 def _fused(params, grads, states, numbers, momentum, dampening, weight_decay, nesterov):
-    if isinstance(numbers.step, Tensor):  # torch's step wants to know on the host whether it is the first
+    step = numbers.step  # torch's step wants to know on the host whether it is the first
+    step = step.item() if isinstance(step, Tensor) and step.device.type == "cpu" else step
+    if isinstance(step, Tensor):
         return by_formula(_formula)(params, grads, states, numbers, momentum, dampening, weight_decay, nesterov)
     options = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
-    return fused_sgd_(params, grads, states[0], lr=numbers.lr, is_first_step=numbers.step == 1, **options)
+    return fused_sgd_(params, grads, states[0], lr=numbers.lr, is_first_step=step == 1, **options)
 
 
 OP = optimizer_op(
