@@ -155,6 +155,17 @@ DEVICE float number(const float* at, float value) {
   return value;
 }
 
+// beta old + rest new, of beta in two parts. Explicit fused operations: what a compiler contracts may differ from one instance of
+// the kernel to the next.
+DEVICE float mean(float old, float high, float low, float rest, float next) {
+  return fmaf(high, old, fmaf(rest, next, low * old));
+}
+
+// From x to w by `rest` in [0, 1], from the nearer end: an x that is given up leaves no rounding of its own.
+DEVICE float between(float x, float w, float rest) {
+  return rest < 0.5f ? fmaf(rest, w - x, x) : fmaf(rest - 1.0f, w - x, w);
+}
+
 // What a step does to every element.
 struct Step {
   float decay, rate, root, scale;  // lr * weight_decay, lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step), of gradients
@@ -173,10 +184,8 @@ struct Step {
       const float bound = m * a.least;
       if (bound * bound > v) v = bound * bound;  // NaN in v stays
     }
-    // x + (1 - beta)(y - x): beta itself, rounded to fp32, would shift the mean that v settles at by 1e-5.
-    // Explicit fused operations: what a compiler contracts may differ from one instance of the kernel to the next.
-    m = fmaf(a.rest1, fmaf(g, scale, -m), m);
-    v = fmaf(a.rest2, fmaf(scaled, scaled, -v), v);
+    m = mean(m, a.high1, a.low1, a.rest1, scaled);
+    v = mean(v, a.high2, a.low2, a.rest2 * scaled, scaled);
     w = fmaf(-decay, w, w);
     w -= rate * m / fmaf(sqrtf(v), root, a.eps);
   }
@@ -355,7 +364,7 @@ DEVICE void put_weights(const Row& row, const float (&w)[kGroups][kLane], const 
       float x[kLane];
       to_floats(averages[j], average.format, x);
 #pragma unroll
-      for (int i = 0; i < kLane; ++i) x[i] = fmaf(a.average_rest, w[j][i] - x[i], x[i]);
+      for (int i = 0; i < kLane; ++i) x[i] = between(x[i], w[j][i], a.average_rest);
       from_floats(x, average.format, out);
       average.put(j, left, out);
     }

@@ -28,6 +28,7 @@ typedef struct {
   float lr, step, grad_scale;
   float average_rest;             // 1 - decay of the averages
   float log_beta1, log_beta2;     // natural; -1e6 for beta = 0
+  float high1, low1, high2, low2;  // of beta, their sum (kernels/moment_bound.py: in_two)
   float rest1, rest2;             // 1 - beta
   float least;                    // r for which sqrt(v) >= r |m| holds for any gradients (kernels/moment_bound.py)
   float eps, weight_decay;

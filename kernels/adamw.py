@@ -7,12 +7,13 @@ import math
 import triton
 import triton.language as tl
 
-from .moment_bound import least_root
+from .moment_bound import in_two, least_root
 from .multi_tensor import Numbers, number, place, pointer
 from .optimizer_state import (
     code_words,
     half_of,
     launch,
+    mean,
     read_state,
     read_weight,
     weight_words,
@@ -38,7 +39,8 @@ def _one_minus_power(log_beta, step):
 
 @triton.jit
 def _update(p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, remainder_ptr, average_ptr, m_scale_ptr, v_scale_ptr, mask, left,
-            decay, rate, root, scale, rest1, rest2, least, eps, average_rest, words, pairs, BLOCK: tl.constexpr):  # fmt: skip
+            decay, rate, root, scale, high1, low1, high2, low2, rest1, rest2, least, eps, average_rest, words, pairs,
+            BLOCK: tl.constexpr):  # fmt: skip
     col = tl.arange(0, BLOCK)
     p = read_weight(p_ptr, master_ptr, remainder_ptr, col, mask)
     g = tl.load(g_ptr + col, mask=mask).to(tl.float32) * scale
@@ -48,9 +50,8 @@ def _update(p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, remainder_ptr, average_ptr, 
         # Codes are rounded one by one: where v came out too small for its m, the step would be many times lr.
         bound = (m * least) * (m * least)
         v = tl.where(bound > v, bound, v)  # NaN in v stays
-    # x + (1 - beta)(y - x): beta itself, rounded to fp32, would shift the mean that v settles at by 1e-5.
-    m += rest1 * (g - m)
-    v += rest2 * (g * g - v)
+    m = mean(m, high1, low1, rest1, g)
+    v = mean(v, high2, low2, rest2 * g, g)
     p -= decay * p
     p -= rate * m / (tl.sqrt(v) * root + eps)
     write_weight(p_ptr, master_ptr, remainder_ptr, average_ptr, col, mask, p, average_rest, words)
@@ -60,7 +61,7 @@ def _update(p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, remainder_ptr, average_ptr, 
 
 @triton.jit
 def _adamw_kernel(
-    table, numbers, log_beta1, log_beta2, rest1, rest2, least, eps, weight_decay,
+    table, numbers, log_beta1, log_beta2, high1, low1, high2, low2, rest1, rest2, least, eps, weight_decay,
     P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, MASTER_TYPE: tl.constexpr,
     REMAINDER_TYPE: tl.constexpr, AVERAGE_TYPE: tl.constexpr, M_SCALE_TYPE: tl.constexpr, V_SCALE_TYPE: tl.constexpr,
     RANDOM_WEIGHTS: tl.constexpr, RANDOM_CODES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
@@ -84,11 +85,13 @@ def _adamw_kernel(
     decay = lr * weight_decay
     if start + BLOCK <= size:  # without a mask: 16-byte accesses
         _update(p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, remainder_ptr, average_ptr, m_scale_ptr, v_scale_ptr, None, 0,
-                decay, rate, root, scale, rest1, rest2, least, eps, average_rest, words, pairs, BLOCK)  # fmt: skip
+                decay, rate, root, scale, high1, low1, high2, low2, rest1, rest2, least, eps, average_rest, words, pairs,
+                BLOCK)  # fmt: skip
     else:
         _update(p_ptr, g_ptr, m_ptr, v_ptr, master_ptr, remainder_ptr, average_ptr, m_scale_ptr, v_scale_ptr,
                 start + tl.arange(0, BLOCK) < size, size - start,
-                decay, rate, root, scale, rest1, rest2, least, eps, average_rest, words, pairs, BLOCK)  # fmt: skip
+                decay, rate, root, scale, high1, low1, high2, low2, rest1, rest2, least, eps, average_rest, words, pairs,
+                BLOCK)  # fmt: skip
 
 
 def adamw_step(params, grads, exp_avgs, exp_avg_sqs, masters, remainders, averages, exp_avg_scales, exp_avg_sq_scales,
@@ -103,5 +106,5 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, masters, remainders, averag
         lr_tensor, step_tensor, grad_scale_tensor, found_inf, seed, lr, step, grad_scale, 1 - average_decay
     )
     logs = [math.log(beta) if beta > 0 else -1e6 for beta in (beta1, beta2)]
-    constants = (*logs, 1 - beta1, 1 - beta2, least_root(beta1, beta2), eps, weight_decay)
-    launch(_adamw_kernel, lists, streams, numbers, *constants, states=2)
+    rest = (1 - beta1, 1 - beta2, least_root(beta1, beta2), eps, weight_decay)
+    launch(_adamw_kernel, lists, streams, numbers, *logs, *in_two(beta1), *in_two(beta2), *rest, states=2)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .moment_bound import in_two
 from .multi_tensor import Numbers, number, place, pointer
 from .optimizer_state import (
     code_words,
     half_of,
     launch,
+    mean,
     read_state,
     read_weight,
     weight_words,
@@ -20,23 +22,24 @@ from .optimizer_state import (
 
 @triton.jit
 def _update(p_ptr, g_ptr, m_ptr, master_ptr, remainder_ptr, average_ptr, scale_ptr, mask, left,
-            lr, decay, scale, rest1, rest2, average_rest, words, pairs, BLOCK: tl.constexpr):  # fmt: skip
+            lr, decay, scale, high1, low1, high2, low2, rest1, rest2, average_rest, words, pairs,
+            BLOCK: tl.constexpr):  # fmt: skip
     col = tl.arange(0, BLOCK)
     p = read_weight(p_ptr, master_ptr, remainder_ptr, col, mask)
     g = tl.load(g_ptr + col, mask=mask).to(tl.float32) * scale
     m = read_state(m_ptr, scale_ptr, col, mask, left, BLOCK)
-    c = m + rest1 * (g - m)
+    c = mean(m, high1, low1, rest1, g)
     c = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, c))  # NaN stays
     p -= decay * p
     p -= lr * c
-    m += rest2 * (g - m)
+    m = mean(m, high2, low2, rest2, g)
     write_weight(p_ptr, master_ptr, remainder_ptr, average_ptr, col, mask, p, average_rest, words)
     write_state(m_ptr, scale_ptr, m, col, mask, left, half_of(pairs, False), BLOCK)
 
 
 @triton.jit
 def _lion_kernel(
-    table, numbers, rest1, rest2, weight_decay,
+    table, numbers, high1, low1, high2, low2, rest1, rest2, weight_decay,
     P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, MASTER_TYPE: tl.constexpr,
     REMAINDER_TYPE: tl.constexpr, AVERAGE_TYPE: tl.constexpr, SCALE_TYPE: tl.constexpr,
     RANDOM_WEIGHTS: tl.constexpr, RANDOM_CODES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
@@ -56,11 +59,11 @@ def _lion_kernel(
     decay = lr * weight_decay
     if start + BLOCK <= size:  # without a mask: 16-byte accesses
         _update(p_ptr, g_ptr, m_ptr, master_ptr, remainder_ptr, average_ptr, scale_ptr, None, 0,
-                lr, decay, scale, rest1, rest2, average_rest, words, pairs, BLOCK)  # fmt: skip
+                lr, decay, scale, high1, low1, high2, low2, rest1, rest2, average_rest, words, pairs, BLOCK)  # fmt: skip
     else:
         _update(p_ptr, g_ptr, m_ptr, master_ptr, remainder_ptr, average_ptr, scale_ptr,
                 start + tl.arange(0, BLOCK) < size, size - start,
-                lr, decay, scale, rest1, rest2, average_rest, words, pairs, BLOCK)  # fmt: skip
+                lr, decay, scale, high1, low1, high2, low2, rest1, rest2, average_rest, words, pairs, BLOCK)  # fmt: skip
 
 
 def lion_step(params, grads, exp_avgs, masters, remainders, averages, exp_avg_scales,
@@ -72,4 +75,5 @@ def lion_step(params, grads, exp_avgs, masters, remainders, averages, exp_avg_sc
     numbers = Numbers(
         lr_tensor, step_tensor, grad_scale_tensor, found_inf, seed, lr, step, grad_scale, 1 - average_decay
     )
-    launch(_lion_kernel, lists, streams, numbers, 1 - beta1, 1 - beta2, weight_decay, states=1)
+    betas = (*in_two(beta1), *in_two(beta2), 1 - beta1, 1 - beta2)
+    launch(_lion_kernel, lists, streams, numbers, *betas, weight_decay, states=1)

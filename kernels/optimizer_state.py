@@ -19,6 +19,12 @@ _GROUP = tl.constexpr(256)  # elements that share a scale
 
 
 @triton.jit
+def mean(old, high, low, rest, new):
+    """beta old + rest new, of beta in two parts (moment_bound.py); fused operations, alike in every instance of a kernel."""
+    return tl.fma(high, old, tl.fma(rest, new, low * old))
+
+
+@triton.jit
 def read_weight(p_ptr, master_ptr, remainder_ptr, col, mask):
     """The weight in fp32. p_ptr is to int16, the bits of bf16, where there are remainders or the rounding is stochastic."""
     if master_ptr is not None:
@@ -38,7 +44,8 @@ def write_weight(p_ptr, master_ptr, remainder_ptr, average_ptr, col, mask, w, av
     """The new weight into the parameter and what belongs to it. words: as many random ones as half the elements, or None."""
     if average_ptr is not None:
         average = tl.load(average_ptr + col, mask=mask).to(tl.float32)
-        average += average_rest * (w - average)
+        apart = w - average  # from the nearer end: an average that is given up leaves no rounding of its own
+        average = tl.where(average_rest < 0.5, average + average_rest * apart, w - (1 - average_rest) * apart)
         tl.store(average_ptr + col, average.to(average_ptr.dtype.element_ty), mask=mask)
     bits = tl.where(w == w, w.to(tl.int32, bitcast=True), _NAN)
     if remainder_ptr is not None:

@@ -14,8 +14,8 @@ void adamw_step(const Tensor& address, const Tensor& size, const std::optional<T
                 const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& step_tensor,
                 const std::optional<Tensor>& grad_scale_tensor, const std::optional<Tensor>& found_inf,
                 const std::optional<Tensor>& seed, double lr, double step, double grad_scale, double average_rest,
-                double log_beta1, double log_beta2, double rest1, double rest2, double least, double eps,
-                double weight_decay) {
+                double log_beta1, double log_beta2, double high1, double low1, double high2, double low2, double rest1,
+                double rest2, double least, double eps, double weight_decay) {
   const char* op = "adamw_";
   fastlm_adamw args{};
   args.table = table(op, address, size, owner, block, FASTLM_ADAMW_LISTS);
@@ -43,6 +43,10 @@ void adamw_step(const Tensor& address, const Tensor& size, const std::optional<T
   args.average_rest = static_cast<float>(average_rest);
   args.log_beta1 = static_cast<float>(log_beta1);
   args.log_beta2 = static_cast<float>(log_beta2);
+  args.high1 = static_cast<float>(high1);
+  args.low1 = static_cast<float>(low1);
+  args.high2 = static_cast<float>(high2);
+  args.low2 = static_cast<float>(low2);
   args.rest1 = static_cast<float>(rest1);
   args.rest2 = static_cast<float>(rest2);
   args.least = static_cast<float>(least);
@@ -57,8 +61,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTLM_NAMESPACE, m) {
   m.def(
       "adamw_step(Tensor address, Tensor size, Tensor? stream, Tensor owner, Tensor block, int[] formats, bool random_weights,"
       " bool random_codes, Tensor? lr_tensor, Tensor? step_tensor, Tensor? grad_scale_tensor, Tensor? found_inf, Tensor? seed,"
-      " float lr, float step, float grad_scale, float average_rest, float log_beta1, float log_beta2, float rest1, float rest2,"
-      " float least, float eps, float weight_decay) -> ()");
+      " float lr, float step, float grad_scale, float average_rest, float log_beta1, float log_beta2, float high1, float low1,"
+      " float high2, float low2, float rest1, float rest2, float least, float eps, float weight_decay) -> ()");
 }
 
 // Not under CUDA alone: what is checked above then says what is wrong with other tensors.

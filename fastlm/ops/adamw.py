@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlm.kernels.moment_bound import least_root
+from fastlm.kernels.moment_bound import in_two, least_root
 from fastlm.kernels.tensor_table import draws, format_of, table_of
 from fastlm.ops import _cuda
 from fastlm.ops._native import fused_adamw_
@@ -17,6 +17,8 @@ from fastlm.ops.optimizer_step import Common, optimizer_op, run_step
 
 def _formula(p, g, m, v, numbers, beta1, beta2, eps, weight_decay):
     lr, step = numbers.lr, numbers.step
+    if isinstance(step, Tensor):
+        step = step.double()  # in fp32, 1 - beta2^step keeps 3 digits in step 1 of beta2 = 0.9999
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     p = p - lr * weight_decay * p
@@ -54,7 +56,8 @@ def _cuda_step(
     logs = (math.log(beta) if beta > 0 else -1e6 for beta in (beta1, beta2))
     _cuda.function("adamw_step")(
         *table, list(map(format_of, lists)), *random, *numbers, found_inf, seed.contiguous() if any(random) else None,
-        lr, step, grad_scale, 1 - average_decay, *logs, 1 - beta1, 1 - beta2, least_root(beta1, beta2), eps, weight_decay
+        lr, step, grad_scale, 1 - average_decay, *logs, *in_two(beta1), *in_two(beta2), 1 - beta1, 1 - beta2,
+        least_root(beta1, beta2), eps, weight_decay
     )  # fmt: skip
 
 

@@ -23,8 +23,14 @@ def _fused(params, grads, states, numbers, beta1, beta2, weight_decay):
     lr = numbers.lr
     for p, g, m in zip(params, grads, states[0]):
         c = torch.lerp(m, g, 1 - beta1)
-        nan = c != c if c.is_cuda or not c.sum().isfinite() else None  # the sum is NaN if any of c is
+        special = c.is_cuda or not c.sum().isfinite()  # the sum is NaN if any of c is
+        infinite, ends = (m.isinf(), m + g) if special else (None, None)  # lerp would make NaN of an infinite m
         m.lerp_(g, 1 - beta2)
+        nan = None
+        if special:
+            c = torch.where(infinite, ends, c)
+            m.copy_(torch.where(infinite, ends, m))
+            nan = c != c
         if p.dtype == torch.bfloat16:
             w, c = p.float(), c.float()
         else:

@@ -10,7 +10,7 @@ import torch
 
 from fastlm import ops
 from fastlm.kernels import tensor_table
-from fastlm.kernels.moment_bound import least_root
+from fastlm.kernels.moment_bound import in_two, least_root
 from fastlm.kernels.tensor_table import BLOCK, format_of
 from fastlm.ops import _cuda
 from fastlm.ops.adamw import OP
@@ -54,12 +54,14 @@ def launch(lib, lists, mode, order="forward", step=3, seed=(11, 0), found_inf=No
     columns = [lists.get(name, []) for name in COLUMNS]
     params, options = lists["params"], OPTIONS["adamw_"]
     beta1, beta2 = options["beta1"], options["beta2"]
+    (high1, low1), (high2, low2) = in_two(beta1), in_two(beta2)
     counts = [-(-p.numel() // BLOCK) for p in params]
     pointers = [[t[i].data_ptr() if t else 0 for t in columns] for i in range(len(params))]
     random_codes, random_weights = mode.states == "random", mode.weights == "stochastic"
     numbers = {
         "lr": options["lr"], "step": float(step), "grad_scale": grad_scale, "average_rest": 0.25,
-        "log_beta1": math.log(beta1), "log_beta2": math.log(beta2), "rest1": 1 - beta1, "rest2": 1 - beta2,
+        "log_beta1": math.log(beta1), "log_beta2": math.log(beta2), "high1": high1, "low1": low1,
+        "high2": high2, "low2": low2, "rest1": 1 - beta1, "rest2": 1 - beta2,
         "least": least_root(beta1, beta2), "eps": options["eps"], "weight_decay": options["weight_decay"],
     }  # fmt: skip
     buffers = {f"{name} {i}": (In if name == "grads" else Both)(t) for name in lists for i, t in enumerate(lists[name])}
@@ -170,7 +172,7 @@ BUGS = {
     "no second bias correction": ("1.0f / sqrtf(one_minus_power(a.log_beta2, step))", "1.0f"),
     "no decay": ("w = fmaf(-decay, w, w);", ""),
     "no bound of codes": ("if (bound * bound > v) v = bound * bound;", ""),
-    "no gradient scale": ("fmaf(g, scale, -m)", "g - m"),
+    "no gradient scale": ("const float scaled = g * scale;", "const float scaled = g;"),
     "remainders without the carry": ("has_remainder ? 0x8000 :", "has_remainder ? 0 :"),
     "words of another lane": ("mine.word[2 + k], 1)", "mine.word[2 + k], 2)"),
     "words of the other group": ("word[0][k] = odd ? other : mine.word[k];", "word[0][k] = mine.word[k];"),
@@ -179,7 +181,7 @@ BUGS = {
     "one scale for all": ("(address(column)) + first / kWarp", "(address(column))"),
     "a lane's scale for all": ("scale = warp_max(scale);", ""),
     "codes cut off": ("floorf(root + 0.5f)", "floorf(root)"),
-    "averages forget": ("fmaf(a.average_rest, w[j][i] - x[i], x[i])", "w[j][i]"),
+    "averages forget": ("between(x[i], w[j][i], a.average_rest)", "w[j][i]"),
     "the tail is taken for whole": ("rest < kLane ? static_cast<int>(rest) : kLane", "kLane"),
     "all is taken for aligned": ("base % (kLane * bytes) == 0}", "true}"),
     "the second half is left out": ("(a.table.count) * kShares}", "(a.table.count)}"),
@@ -301,6 +303,26 @@ def test_early_bias_correction_is_exact():
 
 
 @as_backend
+def test_infinite_moments_and_small_betas():
+    for dtype, large in ((torch.float16, 1e4), (torch.float32, 1e21)):
+        plain.test_an_infinite_second_moment_stops_its_weight_alone("cuda", dtype, large, "cpu")
+    plain.test_an_infinite_first_moment_stays_what_it_is("cuda", "cpu")
+    for betas in ((0.9, 0.0), (0.0, 0.0), (0.0, 0.999), (1e-6, 1e-9), (0.3, 0.4)):
+        plain.test_small_betas_forget("cuda", betas, "cpu")
+
+
+@as_backend
+def test_a_step_tensor_is_as_exact_as_a_number():
+    plain.test_a_step_tensor_is_as_exact_as_a_number("cuda", 0.99999, "cpu")
+
+
+@as_backend
+@pytest.mark.parametrize("decay", (0.0, 0.3, 1.0))
+def test_averages_that_are_given_up(decay):
+    modes.test_averages_that_are_given_up("adamw_", "cuda", decay, "cpu")
+
+
+@as_backend
 def test_codes():
     modes.test_small_second_moments_do_not_become_zero("cuda", "cpu")
     for bad in (math.nan, math.inf):  # a block with such a number stays NaN, the others do not
@@ -385,7 +407,8 @@ def test_offsets_have_64_bits(coded):
         sizes, owner, block = torch.tensor([blocks * BLOCK + 300]), torch.zeros(1, dtype=torch.int32), [blocks]
         torch.ops.fastlm_host.adamw_step(
             torch.tensor([address]), sizes, None, owner, torch.tensor(block, dtype=torch.int32), [*map(format_of, columns)],
-            False, False, *[None] * 5, 0.1, 1.0, 1.0, 0.0, -0.1, -0.01, 0.1, 0.01, 0.0, 1e-8, 0.1,
+            False, False, *[None] * 5, 0.1, 1.0, 1.0, 0.0, -0.1, -0.01, 0.9, 0.0, 0.99, 0.0, 0.1, 0.01, 0.0, 1e-8,
+            0.1,
         )  # fmt: skip
         found.append(plain._flat(work))
     assert all(torch.equal(a, b) for a, b in zip(*found)) and not torch.equal(found[0][0], lists["params"][0])
@@ -435,7 +458,7 @@ def test_wrong_calls_are_refused():
     call, long, short = torch.ops.fastlm_host.adamw_step, torch.int64, torch.int32
     right = [
         torch.zeros(2, 9, dtype=long), torch.zeros(2, dtype=long), None, torch.zeros(0, dtype=short),
-        torch.zeros(0, dtype=short), [0] * 9, False, False, *[None] * 5, *[0.0] * 11,
+        torch.zeros(0, dtype=short), [0] * 9, False, False, *[None] * 5, *[0.0] * 15,
     ]  # fmt: skip
     assert call(*right) is None  # a table without blocks: nothing to do
     for changed, words in (

@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from fastlm import ops
+from fastlm.kernels.moment_bound import in_two
 from fastlm.ops.adamw import OP
 from fastlm.testing import assert_accurate, bands_intact, guarded, planted_bug, poison_empty
 
@@ -95,6 +98,84 @@ def test_early_bias_correction_is_exact(device):
         ops.adamw_(*want, lr=1.0, step=step, backend="reference")
         ops.adamw_(*got, lr=1.0, step=step, backend="triton")
         torch.testing.assert_close(got[0][0].double(), want[0][0], rtol=1e-6, atol=0)
+
+
+def _run(grads, backend, dtype=torch.float32, device="cpu", **options):
+    """p, m and v, from 1, 0 and 0, after a step with each of the gradients."""
+    p, m, v = ([torch.full((len(grads[0]),), x, dtype=dtype, device=device)] for x in (1.0, 0.0, 0.0))
+    for step, g in enumerate(grads, 1):
+        g = [torch.tensor(g, dtype=dtype, device=device)]
+        ops.adamw_(p, g, m, v, step=step, backend=backend, **({"lr": 1e-3, "weight_decay": 0.0} | options))
+    return p[0], m[0], v[0]
+
+
+@each_backend
+@pytest.mark.parametrize("dtype, large", [(torch.float16, 1e4), (torch.float32, 1e21)], ids=("fp16", "fp32"))
+def test_an_infinite_second_moment_stops_its_weight_alone(backend, dtype, large, device):
+    p, _, v = _run([[1.0, large, 1.0], [1.0] * 3, [1.0] * 3], backend, dtype, device)
+    assert v.isinf().tolist() == [False, True, False]
+    torch.testing.assert_close(p.double().cpu(), torch.tensor([0.997, 1.0, 0.997]).double(), rtol=0, atol=1.1e-3)
+    assert p[0] == p[2] < p[1]
+
+
+@pytest.mark.parametrize("backend", ("reference", "triton"))  # torch's own step makes NaN of an infinite m
+def test_an_infinite_first_moment_stays_what_it_is(backend, device):
+    p, m, v = (
+        [torch.ones(2, device=device)],
+        [torch.tensor([math.inf, 0.5], device=device)],
+        [torch.ones(2, device=device)],
+    )
+    ops.adamw_(p, [torch.ones(2, device=device)], m, v, lr=0.1, step=2, backend=backend)
+    assert m[0][0] == math.inf and p[0][0] == -math.inf and p[0][1].isfinite()
+
+
+@each_backend
+@pytest.mark.parametrize("betas", [(0.9, 0.0), (0.0, 0.0), (0.0, 0.999), (1e-6, 1e-9), (0.3, 0.4)], ids=str)
+def test_small_betas_forget(backend, betas, device):
+    """A large gradient leaves no rounding of its own in the means of the small ones after it."""
+    grads, options = [[100.0], [1e-3], [2e-3]], {"beta1": betas[0], "beta2": betas[1]}
+    got, want = _run(grads, backend, device=device, **options), _run(grads, "reference", torch.float64, **options)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=2e-6, atol=0)
+
+
+def test_beta_in_two_parts():
+    for beta in (
+        0.999,
+        0.9,
+        0.5,
+        0.25,
+        0.95,
+        0.1,
+        1e-3,
+        1 - 1e-9,
+        math.nextafter(1.0, 0.0),
+        math.nextafter(0.5, 0.0),
+        1e-30,
+    ):
+        high, low = in_two(beta)
+        assert high + low == beta and torch.tensor(high).double() == high and 0 < low <= 2.0**-23 * beta
+    assert in_two(0.0) == (0.0, 0.0)
+
+
+@each_backend
+@pytest.mark.parametrize("beta2", (0.999, 0.99999))
+def test_a_step_tensor_is_as_exact_as_a_number(backend, beta2, device):
+    """1 - beta2^step where fp32 would cancel; also as a graph has it, and where a skip is decided on the device."""
+    zero, one = (torch.full((3,), x, device=device) for x in (0.0, 1.0))
+
+    def moved(step, found_inf=None):
+        p = [one.clone()]
+        ops.adamw_(p, [one], [zero.clone()], [zero.clone()], lr=0.5, beta2=beta2, weight_decay=0.0, step=step,
+                   found_inf=found_inf, backend=backend)  # fmt: skip
+        return p[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(moved, fullgraph=True, backend="aot_eager")
+    for step in (torch.tensor(1.0, device=device), torch.tensor(1, device=device)):
+        found = [moved(step), moved(step, torch.zeros((), device=device)), compiled(step), compiled(step, zero.sum())]
+        for p in found:  # step 1 moves by lr, whatever the gradient
+            torch.testing.assert_close(p, torch.full_like(p, 0.5), rtol=1e-6, atol=0)
 
 
 @each_backend
@@ -252,7 +333,7 @@ def test_tables_are_kept(device):
         ("rate = lr / _one_minus_power(log_beta1, step)", "rate = lr"),  # a bias correction forgotten
         ("root = 1.0 / tl.sqrt(_one_minus_power(log_beta2, step))", "root = 1.0"),
         ("    p -= decay * p\n", ""),
-        ("m += rest1 * (g - m)", "g += decay * p\n    m += rest1 * (g - m)"),  # coupled decay
+        ("m = mean(m, high1", "g += decay * p\n    m = mean(m, high1"),  # coupled decay
         ("start + tl.arange(0, BLOCK) < size,", "start + tl.arange(0, BLOCK) < size - 1,"),  # the tail not written
         ("// BLOCK\n    owner", "// BLOCK - (size > BLOCK).long()\n    owner"),  # the last block of a tensor left out
         (".to(tl.float32) * scale", ".to(tl.float32)"),  # grad_scale forgotten

@@ -1,5 +1,7 @@
 """lion_ against the paper. Its modes are in test_optimizer_modes.py, its contract in test_optimizer_contract.py."""
 
+import math
+
 import pytest
 import torch
 
@@ -102,11 +104,29 @@ def test_numbers_may_be_tensors(backend, device):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@each_backend
+def test_an_infinite_moment_keeps_its_sign(backend, device):
+    p, g = torch.zeros(4, device=device), torch.tensor([1.0, 1.0, -math.inf, 1.0], device=device)
+    m = torch.tensor([math.inf, -math.inf, math.inf, 0.0], device=device)
+    ops.lion_([p], [g], [m], lr=0.5, backend=backend)
+    inf, nan = math.inf, math.nan
+    torch.testing.assert_close(p.cpu(), torch.tensor([-0.5, 0.5, nan, -0.5]), equal_nan=True)
+    torch.testing.assert_close(m.cpu(), torch.tensor([inf, -inf, nan, 0.01]), equal_nan=True)
+
+
+@each_backend
+def test_betas_of_zero_forget(backend, device):
+    """A large moment leaves no rounding of its own in what is much smaller."""
+    p, g, m = (torch.full((3,), x, device=device) for x in (0.0, -1e-3, 1e5))
+    ops.lion_([p], [g], [m], lr=0.5, beta1=0.0, beta2=0.0, backend=backend)
+    assert (p == 0.5).all() and torch.equal(m, g)
+
+
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("c = m + rest1 * (g - m)", "c = m + rest2 * (g - m)"),  # the sign of the new m instead of the interpolation
-        ("m += rest2 * (g - m)", "m += rest1 * (g - m)"),
+        ("high1, low1, rest1, g)", "high2, low2, rest2, g)"),  # the sign of the new m instead of the interpolation
+        ("high2, low2, rest2, g)", "high1, low1, rest1, g)"),
         ("p -= decay * p", "p -= 0.0"),
         ("tl.where(c < 0, -1.0, c)", "1.0"),
         ("(tl.float32) * scale", "(tl.float32)"),

@@ -271,6 +271,18 @@ def _check_all(device):
         _check_mode("adamw_", mode, "triton", device)
 
 
+@each_op
+@each_backend
+@pytest.mark.parametrize("decay", (0.0, 0.3, 1.0))
+def test_averages_that_are_given_up(op, backend, decay, device):
+    """An old average leaves no rounding of its own in the new one."""
+    lists = {name: [t] for name, t in zip(("params", "grads", *STATES[op]), torch.full((4, 300), 1e-3, device=device))}
+    average = torch.full((300,), 1e6, device=device)
+    call(op, lists | {"averages": [average]}, Mode(), backend, 2, average_decay=decay)
+    want = torch.lerp(lists["params"][0].double(), torch.full_like(average, 1e6).double(), decay)
+    torch.testing.assert_close(average.double(), want, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     "check, old, new",
     [
@@ -288,7 +300,7 @@ def _check_all(device):
         (_check_all, "tl.load(scale_ptr + row, mask", "tl.load(scale_ptr + row // 2, mask"),  # the scale of another block
         (_check_all, "tl.store(scale_ptr + row, scale", "tl.store(scale_ptr + row, tl.max(scale, 0) + 0 * scale"),
         (_check_all, "code = tl.floor(root + 0.5)", "code = tl.floor(root)"),
-        (_check_all, "average += average_rest * (w - average)", "average = w"),
+        (_check_all, "average + average_rest * apart", "w"),
         (_check_all, "tl.store(master_ptr + col, w, mask=mask)", "pass"),  # the master stays behind
     ],
     ids=["carry", "remainder", "nan", "block", "step", "tensor", "half", "stream", "pair", "scale", "scales", "floor",
