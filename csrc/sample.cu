@@ -1,14 +1,15 @@
 // One token a row from filtered logits, in one launch (fastlm/ops/sample.py has the contract).
 //
 // A block owns a row, or, where rows are few and wide, a cluster of up to 8: these share the passes over the row, and their first
-// block searches and draws. Every filter keeps what is at or above a threshold, so nothing is sorted: a threshold is searched for two
-// bits at a time on the ordered bits of floats, by counting (top-k) or weighing (top-p) what lies above. That sorting is not needed
-// is FlashInfer's observation (Ye et al. 2025, arXiv:2501.01005), whose kernels search among probabilities. Here the search runs on
-// a thousand or two candidates in shared memory: those at least as large as the k-th largest of the threads' own maxima, of which
-// there are k for certain and seldom many more. Where they are too many, or hold too little of the mass, it runs on the row itself.
+// block searches and draws. Every filter keeps what is at or above a threshold, so nothing is sorted: a threshold is searched for
+// two bits at a time on the ordered bits of floats, by counting (top-k) or weighing (top-p) what lies above. That sorting is not
+// needed is FlashInfer's observation (Ye et al. 2025, arXiv:2501.01005), whose kernels search among probabilities. Here the
+// search runs on a thousand or two candidates in shared memory: those at least as large as the k-th largest of the threads' own
+// maxima, of which there are k for certain and seldom many more. Where they are too many, or hold too little of the mass, it runs
+// on the row itself.
 //
-// Masses are integers, exp(s) * 2^40 rounded down: their sum is the same in every order, so that candidates may be collected in any.
-// The draw is the largest of s + Gumbel noise (Gumbel-max): no running sum, and rounding moves it only between near ties.
+// Masses are integers, exp(s) * 2^40 rounded down: their sum is the same in every order, so that candidates may be collected in
+// any. The draw is the largest of s + Gumbel noise (Gumbel-max): no running sum, and rounding moves it only between near ties.
 
 #include "device/cluster.h"
 #include "device/device.h"
@@ -59,7 +60,25 @@ struct Row {
 template <class T>
 constexpr int kLowestBit = sizeof(T) == 4 ? 0 : std::is_same_v<T, bf16> ? 16 : 12;  // of a key that says something; even
 
-using Words = Vector<uint32_t, 4>;  // of a vector: 16-bit elements would be taken apart
+// A vector of kVector<T> elements as words, in and out of which they are shifted: as elements the compiler moves those of 16 bits
+// one by one, and waits for one vector before it asks for the next.
+using Words = Vector<uint32_t, 4>;
+
+template <class T>
+DEVICE void put(Words& words, int i, T x) {
+  std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t> bits;
+  memcpy(&bits, &x, sizeof(T));
+  words[i * sizeof(T) / 4] |= static_cast<uint32_t>(bits) << i * sizeof(T) % 4 * 8;
+}
+
+template <class T>
+DEVICE float value_at(const Words& words, int i) {
+  const auto bits = static_cast<std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>(words[i * sizeof(T) / 4] >>
+                                                                                       i * sizeof(T) % 4 * 8);
+  T x;
+  memcpy(&x, &bits, sizeof(T));
+  return to_float(x);
+}
 
 // Elements shift to shift + kVector<T> of two vectors.
 template <class T>
@@ -108,25 +127,24 @@ DEVICE void over_row(const Row<T>& row, F f, Where at = Where::current()) {
       for (int k = 0; k < kAhead; ++k) {
         const int begin = first + k * row.step;
         if (inside(begin) || begin >= row.columns) continue;
-        Vector<T, VEC> edge;
+        Words edge = {};
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
-          edge[i] = from_float<T>(-INFINITY);
-          if (begin + i < row.columns) edge[i] = load_vector<1>(row.x + begin + i, at)[0];
+          T element = from_float<T>(-INFINITY);
+          if (begin + i < row.columns) element = load_vector<1>(row.x + begin + i, at)[0];
+          put(edge, i, element);
         }
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
-          if (j == k) memcpy(&read[j], &edge, 16);
+          if (j == k) read[j] = edge;
         }
       }
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      Vector<T, VEC> as_read;
-      memcpy(&as_read, &read[k], 16);
       float values[VEC];
 #pragma unroll
-      for (int i = 0; i < VEC; ++i) values[i] = to_float(as_read[i]);
+      for (int i = 0; i < VEC; ++i) values[i] = value_at<T>(read[k], i);
       if (first + k * row.step < row.columns) f(first + k * row.step, values);
     }
   }
@@ -157,8 +175,8 @@ DEVICE void block_sums(uint64_t (&sums)[3], Where at = Where::current()) {
   }
 }
 
-// The largest key at and above which `target` lies, as far as bits from `lowest` on tell: it is in [low, high], or all together do
-// not reach the target; then one not above `low`. each(f) calls f(key, amount) for every key of this thread.
+// The largest key at and above which `target` lies, as far as bits from `lowest` on tell: it is in [low, high], or all together
+// do not reach the target; then one not above `low`. each(f) calls f(key, amount) for every key of this thread.
 template <class Each>
 DEVICE uint32_t search(uint32_t low, uint32_t high, int lowest, uint64_t target, Each each, Where at = Where::current()) {
   int bit = 32;
@@ -362,7 +380,8 @@ sample_kernel(const fastlm_sample a) {
           uint32_t lead = 0;  // those that may
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            // s + gumbel > leads asks that -log(1 - u), which is above u, be below exp(s - leads): two logarithms are seldom needed.
+            // s + gumbel > leads asks that -log(1 - u), which is above u, be below exp(s - leads): two logarithms are seldom
+            // needed.
             const float u = uniform(words.word[i]);
             if (s[i] > -INFINITY && u <= fast_exp2((s[i] - leads) * kLog2e) * 1.001f) lead |= 1u << i;
           }
