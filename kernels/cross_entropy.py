@@ -19,7 +19,6 @@ from .loss_rows import (
     kind_of_softcap,
     logit,
     peels,
-    pivot_of,
     row_of,
     store_gradient,
     strides,
@@ -27,13 +26,13 @@ from .loss_rows import (
 
 
 @triton.jit
-def _read_tile(z_ptr, at, first, mask, weight_ptr, state, pivot, scale, softcap, MASKED: tl.constexpr, SMOOTHING: tl.constexpr,
+def _read_tile(z_ptr, at, first, mask, weight_ptr, state, picked, scale, softcap, MASKED: tl.constexpr, SMOOTHING: tl.constexpr,
                SOFTCAP: tl.constexpr):  # fmt: skip
-    """state: the maximum, and per lane the sums of exp(x - maximum) and of w (x - pivot) (w: class weights)."""
+    """state: the maximum, and per lane the sums of exp(x - maximum) and of w (x - picked) (w: class weights)."""
     peak, sums, total = state
     x = logit(z_ptr + at, mask, scale, softcap, SOFTCAP)
     if SMOOTHING:
-        wx = x - pivot
+        wx = x - picked
         if weight_ptr is not None:
             wx *= tl.load(weight_ptr + (at - first), mask=mask)
         total += tl.where(mask, wx, 0.0) if MASKED else wx
@@ -82,21 +81,20 @@ def _cross_entropy_fwd_kernel(
     if target != ignore_index:
         valid, index, share, weight_sum = _share_of(target, V, smoothing, weight_ptr, weight_sum_ptr)
         picked = logit(z_ptr + first + index, None, scale, softcap, SOFTCAP)
-        pivot = pivot_of(picked)
         lane = tl.arange(0, BLOCK_V)
         zeros = tl.zeros((BLOCK_V,), tl.float32)
         state = (tl.full((), LOWEST, tl.float32), zeros, zeros)
         begin: tl.constexpr = BLOCK_V if PEEL else 0
         full, end = ends_of(first, V, PEEL, BLOCK_V)
         if PEEL:
-            state = _read_tile(z_ptr, lane, first, (lane >= first) & (lane < end), weight_ptr, state, pivot, scale, softcap,
+            state = _read_tile(z_ptr, lane, first, (lane >= first) & (lane < end), weight_ptr, state, picked, scale, softcap,
                                True, SMOOTHING, SOFTCAP)  # fmt: skip
         for start in range(begin, full, BLOCK_V):
             state = _read_tile(
-                z_ptr, start + lane, first, None, weight_ptr, state, pivot, scale, softcap, False, SMOOTHING, SOFTCAP
+                z_ptr, start + lane, first, None, weight_ptr, state, picked, scale, softcap, False, SMOOTHING, SOFTCAP
             )
         if full < end:
-            state = _read_tile(z_ptr, full + lane, first, full + lane < end, weight_ptr, state, pivot, scale, softcap, True,
+            state = _read_tile(z_ptr, full + lane, first, full + lane < end, weight_ptr, state, picked, scale, softcap, True,
                                SMOOTHING, SOFTCAP)  # fmt: skip
         peak, sums, total = state
         log_sum = tl.log(tl.sum(sums, 0))
@@ -104,7 +102,8 @@ def _cross_entropy_fwd_kernel(
         # peak - picked first: it is exact where the target is the maximum, and the loss small.
         loss = share * (log_sum + (peak - picked)) + z_loss * lse * lse
         if SMOOTHING:
-            loss += smoothing / V * (weight_sum * (log_sum + (peak - pivot)) - tl.sum(total, 0))
+            even = smoothing / V * (weight_sum * (log_sum + (peak - picked)) - tl.sum(total, 0))
+            loss += tl.where(picked > float("-inf"), even, 0.0)  # the loss is infinite already
         loss = tl.where(valid, loss, float("nan"))
     tl.store(loss_ptr + row, loss)
     tl.store(statistics_ptr + row, peak)

@@ -10,16 +10,16 @@ import triton
 import triton.language as tl
 
 from . import chunked_loss
-from .loss_rows import LOWEST, add_to_softmax, kind_of_softcap, logit, pivot_of, store_gradient
+from .loss_rows import LOWEST, add_to_softmax, kind_of_softcap, logit, store_gradient
 
 
 @triton.jit
-def _add_tile(z_ptr, col, mask, inside, weight_ptr, peak, sums, total, pivot, scale, softcap, MASKED: tl.constexpr,
+def _add_tile(z_ptr, col, mask, inside, weight_ptr, peak, sums, total, picked, scale, softcap, MASKED: tl.constexpr,
               SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
-    """One tile of the first pass -> the maximum, sums of exp(x - maximum), and of w (x - pivot) (w: class weights) per lane."""
+    """One tile of the first pass -> the maximum, sums of exp(x - maximum), and of w (x - picked) (w: class weights) per lane."""
     x = logit(z_ptr + col, mask, scale, softcap, SOFTCAP)
     if SMOOTHING:
-        wx = x - pivot
+        wx = x - picked
         if weight_ptr is not None:
             wx *= tl.load(weight_ptr + col, mask=inside)
         total += tl.where(inside, wx, 0.0) if MASKED else wx
@@ -57,7 +57,6 @@ def _linear_cross_entropy_rows_kernel(
     valid = (target >= 0) & (target < V)
     index = tl.where(valid, target, 0)
     picked = logit(z_ptr + index, None, scale, softcap, SOFTCAP)
-    pivot = pivot_of(picked)
     share, weight_sum = 1.0 - smoothing, V * 1.0
     if weight_ptr is not None:
         share *= tl.load(weight_ptr + index)
@@ -71,11 +70,11 @@ def _linear_cross_entropy_rows_kernel(
     tail = full + lane
     for start in range(0, full, BLOCK_V):
         peak, sums, total = _add_tile(
-            z_ptr, start + lane, None, None, weight_ptr, peak, sums, total, pivot, scale, softcap, False, SMOOTHING, SOFTCAP
+            z_ptr, start + lane, None, None, weight_ptr, peak, sums, total, picked, scale, softcap, False, SMOOTHING, SOFTCAP
         )  # fmt: skip
     if full < V:
         peak, sums, total = _add_tile(
-            z_ptr, tail, tail < stride_z, tail < V, weight_ptr, peak, sums, total, pivot, scale, softcap, True,
+            z_ptr, tail, tail < stride_z, tail < V, weight_ptr, peak, sums, total, picked, scale, softcap, True,
             SMOOTHING, SOFTCAP,
         )  # fmt: skip
     sum_exp = tl.sum(sums, 0)
@@ -85,7 +84,8 @@ def _linear_cross_entropy_rows_kernel(
     # peak - picked first: it is exact where the target is the maximum, and the loss small.
     loss = share * (log_sum + (peak - picked)) + z_loss * lse * lse
     if SMOOTHING:
-        loss += spread * (weight_sum * (log_sum + (peak - pivot)) - tl.sum(total, 0))
+        even = spread * (weight_sum * (log_sum + (peak - picked)) - tl.sum(total, 0))
+        loss += tl.where(picked > float("-inf"), even, 0.0)  # the loss is infinite already
     loss = tl.where(valid, loss, float("nan"))
     tl.store(loss_ptr + row, tl.where(live, loss, 0.0))
     if WITH_GRAD:

@@ -90,12 +90,6 @@ def logit(z_ptr, mask, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def pivot_of(picked):
-    """What is subtracted from logits before their sum is taken, from the target's: what they share would take its digits."""
-    return tl.where(tl.abs(picked) < float("inf"), picked, 0.0)
-
-
-@triton.jit
 def add_to_softmax(x, mask, peak, sums, MASKED: tl.constexpr):
     """One tile of the first pass: peak (scalar) and sums (per lane) of exp(x - peak), from LOWEST and zeros -> both anew.
 

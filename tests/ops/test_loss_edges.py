@@ -354,3 +354,12 @@ def test_smoothing_of_logits_that_share_an_offset(backend, device):
         )
         for found in _cross_entropies(x, target, backend, label_smoothing=0.5, weight=weight, z_loss=1e-20):
             torch.testing.assert_close(found, exact.float(), rtol=2e-6 if backend != "torch" else 1e-5, atol=0)
+
+
+@WITH_REFERENCE
+def test_smoothing_of_classes_that_are_ruled_out(backend, device):
+    """The target, or another."""
+    x, target = torch.randn(2, 300, device=device), torch.tensor([1, 2], device=device)
+    x[0, 1] = x[1, 3] = float("-inf")
+    loss = ops.cross_entropy(x, target, backend=backend, reduction="none", label_smoothing=0.1)
+    assert loss.tolist() == [float("inf")] * 2
