@@ -5,9 +5,9 @@
 #
 # Installs the checkout (or FILE) without dependencies into a temporary folder, compares the instructions of csrc/device with their
 # host body, runs the op tests compiled, then the op benchmarks, then whole models, as far as the time goes, and prints a short table
-# last. --only takes a part (several allowed); sanitizer, the CUDA kernels under compute-sanitizer, runs only so. OUTDIR (default gpu-results) gets summary.txt, conformance.txt, tests.txt, ops.txt,
-# ops.jsonl, train.jsonl and generate.jsonl; what is there is kept if the run is stopped. `python -m benchmarks report OUTDIR` makes
-# the page. --dry walks the same path on a CPU with tiny sizes.
+# last. --only takes a part (several allowed); sanitizer, the CUDA kernels under compute-sanitizer, runs only so. OUTDIR (default
+# gpu-results) gets summary.txt, conformance.txt, tests.txt, ops.txt, ops.jsonl, train.jsonl and generate.jsonl; what is there is kept
+# if the run is stopped. `python -m benchmarks report OUTDIR` makes the page. --dry walks the same path on a CPU with tiny sizes.
 set -uo pipefail
 set -m # else bash lets background jobs ignore the SIGINT by which pytest is asked to stop and sum up
 
@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
         conformance|correctness|ops|attention|models|sanitizer) only="$only $2"; shift ;;
         *) echo "gpu.sh: --only takes conformance, correctness, ops, attention, models or sanitizer, not '${2:-}'" >&2; exit 2 ;;
       esac ;;
-    -h|--help) sed -n '2,11p' "$0" | cut -c3-; exit 0 ;;
+    -h|--help) sed -n '2,10p' "$0" | cut -c3-; exit 0 ;;
     -*) echo "gpu.sh: unknown option $1; see --help" >&2; exit 2 ;;
     *) out="$1" ;;
   esac

@@ -13,7 +13,11 @@ if not torch.cuda.is_available():
 import pytest
 
 
+LONGEST = ("test_aot.py", "test_cuda_library.py")  # minutes each: begun last, one process would wait for the other
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
