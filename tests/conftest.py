@@ -12,7 +12,6 @@ if not torch.cuda.is_available():
 
 import pytest
 
-
 LONGEST = ("test_aot.py", "test_cuda_library.py")  # minutes each: begun last, one process would wait for the other
 
 
