@@ -29,7 +29,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fastlm.ops import _cuda
-from fastlm.ops._tensor import is_eager, transforms_active
+from fastlm.ops._tensor import is_compiling, is_tracing, modes, transforms_active, without_values
 
 BACKENDS = ("cuda", "triton", "torch", "reference")
 _KERNELS = ("cuda", "triton")  # those that need a GPU (Triton also runs in its interpreter)
@@ -295,7 +295,9 @@ def at_once(backend: str, first: Any) -> bool:
         and (backend == "auto" or backend == "torch")
         and _state.chooses_freely
         and forward_ad._current_level < 0
-        and is_eager()
+        # is_eager(), whose call would be felt here.
+        and not transforms_active()
+        and not (is_compiling() or is_tracing() or (modes() and without_values()))
     )
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 transforms_active = torch._C._are_functorch_transforms_active
-_is_compiling = torch.compiler.is_compiling
-_is_tracing = torch._C._is_tracing  # torch.jit.trace
-_modes = torch._C._len_torch_dispatch_stack
+is_compiling = torch.compiler.is_compiling
+is_tracing = torch._C._is_tracing  # torch.jit.trace
+modes = torch._C._len_torch_dispatch_stack
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -33,10 +33,10 @@ def is_batched(tensor: Tensor) -> bool:
 
 def is_eager() -> bool:
     """Whether calls run as they are made, with values: nothing compiles, traces, transforms or records them."""
-    return not (transforms_active() or _is_compiling() or _is_tracing() or (_modes() and _without_values()))
+    return not (transforms_active() or is_compiling() or is_tracing() or (modes() and without_values()))
 
 
-def _without_values() -> bool:
+def without_values() -> bool:
     """Whether calls are recorded, or run without values, by a mode of torch's: make_fx, FakeTensorMode, functionalisation."""
     keys = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastlm.kernels.linear import linear_bwd
 from fastlm.kernels.matmul import empty_grad
 from fastlm.ops._cuda import not_measured
-from fastlm.ops._op import Op
+from fastlm.ops._op import Op, at_once
 from fastlm.ops._tensor import autocast_dtype, compute_dtype, grad_of
 
 _MOST_ROWS, _MOST_COLUMNS, _MOST_OUTPUTS = 8, 1 << 28, 1 << 31  # csrc/few_rows.h
@@ -130,6 +131,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     cores (fp32: by plain multiply-adds); a weight whose rows do not all begin and end at multiples of 16 bytes it reads one at a
     time, and multiplies by plain multiply-adds; the backward is torch's products; not chosen by "auto". reference.
     """
+    if at_once(backend, x) and _is_plain(x, weight, bias):
+        with suppress(RuntimeError):  # what torch refuses the checks explain
+            return F.linear(x, weight, bias)
     _check(x, weight, bias)
     dtype = autocast_dtype(x)
     if dtype is not None and x.dtype != torch.float64:
@@ -139,6 +143,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     if backend == "reference" or (backend == "torch" and type(x).__name__ != "DTensor"):
         return OP.plain(backend, x, weight, bias)
     return OP.forward(x, weight, bias, backend)
+
+
+def _is_plain(x, weight, bias):
+    """Whether torch's product takes these arguments as this op means them, or refuses them."""
+    if x.dtype != weight.dtype or weight.ndim != 2 or not (weight.is_cpu and x.is_floating_point()):
+        return False
+    return bias is None or (bias.dtype == x.dtype and bias.is_cpu and bias.shape == weight.shape[:1])
 
 
 def _check(x, weight, bias):
