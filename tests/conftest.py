@@ -12,7 +12,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
-LONGEST = ("test_aot.py", "test_cuda_library.py")  # minutes each: begun last, one process would wait for the other
+# Minutes each: begun last, one process would wait for the other.
+LONGEST = ("test_aot.py", "test_cuda_library.py", "test_backends_train_alike.py")
 
 
 def pytest_collection_modifyitems(config, items):
