@@ -57,10 +57,14 @@ inline Tensor per_row(const char* op, const char* name, const Tensor& statistics
   return stable::contiguous(statistics);
 }
 
+template <bool centred>
+constexpr const char* kNormName = centred ? "layer_norm" : "rms_norm";
+
 template <auto launcher, bool centred>
-Four norm_fwd(const char* op, const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+Four norm_fwd(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& residual, const std::optional<Tensor>& seed, double eps, double weight_offset, bool llama,
               double dropout_p) {
+  constexpr const char* op = kNormName<centred>;
   check_device(op, "x", x, x);
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
   const DeviceGuard guard(x.get_device_index());
@@ -102,10 +106,11 @@ Four norm_fwd(const char* op, const Tensor& x, const std::optional<Tensor>& weig
 
 // x: what was normalised, or with dropout and without a residual what it was dropped from. eps is in rstd.
 template <auto launcher, bool centred>
-Four norm_bwd(const char* op, const Tensor& dy, const std::optional<Tensor>& dresidual_out, const Tensor& x,
+Four norm_bwd(const Tensor& dy, const std::optional<Tensor>& dresidual_out, const Tensor& x,
               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& mean,
-              const Tensor& rstd, const std::optional<Tensor>& seed, bool has_residual, bool need_dweight, bool need_dbias,
+              const Tensor& rstd, const std::optional<Tensor>& seed, bool has_residual, bool need_dweight, bool need_dbias, double,
               double weight_offset, double dropout_p) {
+  constexpr const char* op = kNormName<centred>;
   check_device(op, "x", x, x);
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
   const DeviceGuard guard(x.get_device_index());

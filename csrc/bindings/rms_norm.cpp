@@ -4,23 +4,8 @@
 
 namespace {
 
-using namespace bindings;
-
-constexpr const char* kOp = "rms_norm";
-
-Four rms_norm_fwd(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                  const std::optional<Tensor>& residual, const std::optional<Tensor>& seed, double eps, double weight_offset,
-                  bool llama, double dropout_p) {
-  return norm_fwd<fastlm_rms_norm_fwd, false>(kOp, x, weight, bias, residual, seed, eps, weight_offset, llama, dropout_p);
-}
-
-Four rms_norm_bwd(const Tensor& dy, const std::optional<Tensor>& dresidual_out, const Tensor& x, const std::optional<Tensor>& weight,
-                  const std::optional<Tensor>& bias, const std::optional<Tensor>& mean, const Tensor& rstd,
-                  const std::optional<Tensor>& seed, bool has_residual, bool need_dweight, bool need_dbias, double,
-                  double weight_offset, double dropout_p) {
-  return norm_bwd<fastlm_rms_norm_bwd, false>(kOp, dy, dresidual_out, x, weight, bias, mean, rstd, seed, has_residual, need_dweight,
-                                              need_dbias, weight_offset, dropout_p);
-}
+constexpr auto kForward = &bindings::norm_fwd<fastlm_rms_norm_fwd, false>;
+constexpr auto kBackward = &bindings::norm_bwd<fastlm_rms_norm_bwd, false>;
 
 }  // namespace
 
@@ -31,6 +16,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTLM_NAMESPACE, m) {
 
 // Not under CUDA alone: what is checked above then says what is wrong with other tensors.
 STABLE_TORCH_LIBRARY_IMPL(FASTLM_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd));
-  m.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_bwd));
+  m.impl("rms_norm_fwd", TORCH_BOX(kForward));
+  m.impl("rms_norm_bwd", TORCH_BOX(kBackward));
 }

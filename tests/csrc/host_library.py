@@ -242,3 +242,14 @@ def same_in_all_orders(
                 f"order {name} gives other bits than {orders[0][0]}"
             )
     return first
+
+
+def outputs(lib, function, *values, shape, dtype=torch.float32):
+    """What the case writes to its output, the same in all orders."""
+
+    def run(order):
+        out = torch.full(shape, -99, dtype=dtype)
+        lib.run(function, *[Out(out) if v is Out else v for v in values], order=order)
+        return (out,)
+
+    return same_in_all_orders(run)[0]

@@ -16,7 +16,7 @@ from tests.csrc.host_library import (
     library,
     needs_compiler,
     needs_nvcc,
-    same_in_all_orders,
+    outputs,
 )  # fmt: skip
 
 SOURCE = "tests/csrc/cluster_cases.cu"
@@ -26,17 +26,6 @@ ORDERS = ("forward", "backward", "random")
 @pytest.fixture(scope="module")
 def lib():
     return library(SOURCE)
-
-
-def outputs(lib, function, *values, shape, dtype=torch.float32):
-    """What the case writes to its output, the same in all orders."""
-
-    def run(order):
-        out = torch.full(shape, -99, dtype=dtype)
-        lib.run(function, *[Out(out) if v is Out else v for v in values], order=order)
-        return (out,)
-
-    return same_in_all_orders(run)[0]
 
 
 @needs_compiler
