@@ -312,6 +312,11 @@ def test_infinite_moments_and_small_betas():
 
 
 @as_backend
+def test_moments_settle_at_what_gradients_are():
+    plain.test_moments_settle_at_what_gradients_are("cpu", "cuda")
+
+
+@as_backend
 def test_a_step_tensor_is_as_exact_as_a_number():
     plain.test_a_step_tensor_is_as_exact_as_a_number("cuda", 0.99999, "cpu")
 
