@@ -8,6 +8,8 @@ PY := $(VENV)/bin/python
 # Small tensors on many test processes: one thread each is fastest, and keeps results repeatable.
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest
 JOBS ?= 2
+# A process that dies fails the run: pytest-xdist 3.8 may wait for ever for the files of one that it has replaced.
+PARALLEL := -n $(JOBS) --dist loadfile --max-worker-restart 0
 
 .PHONY: demo test test-all lint format bench aot wheel clean
 
@@ -15,10 +17,10 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/fastlm demo
 
 test: $(VENV)/.test lint
-	$(TESTS) -n $(JOBS) --dist loadfile -q -m "not slow"
+	$(TESTS) $(PARALLEL) -q -m "not slow"
 
 test-all: $(VENV)/.test lint
-	$(TESTS) -n $(JOBS) --dist loadfile -q
+	$(TESTS) $(PARALLEL) -q
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -85,6 +85,8 @@ def _span(t: Tensor) -> int:
 class HostLibrary:
     """A compiled file. `suffix` is appended to the names of its functions."""
 
+    _last: HostLibrary | None = None  # that ran
+
     def __init__(self, path: Path, suffix: str = ""):
         self._path, self._suffix = path, suffix
         self._dll = ctypes.CDLL(str(path))
@@ -105,6 +107,10 @@ class HostLibrary:
         buffers: others, by name, that a kernel reaches through pointers in memory.
         Raises HostError with the report; also if bytes of a dense output were not written.
         """
+        # Stacks are kept for the next launch; those of every library in one process would be more mappings than Linux allows.
+        if HostLibrary._last is not None and HostLibrary._last._path != self._path:
+            HostLibrary._last._dll.fastlm_host_release()
+        HostLibrary._last = self
         (_, number, resident) = next(o for o in ORDERS + ASYNC_ORDERS if o[0] == order)
         self._dll.fastlm_host_reset(number, 1, resident)
         for name, buffer in (buffers or {}).items():

@@ -2,8 +2,10 @@
 
 import math
 import re
+import resource
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +209,44 @@ def test_a_launch_takes_milliseconds(lib):
         lib.run("last_block", In(x), Out(partial), Both(torch.zeros(1, dtype=torch.int32)), Out(sum_), 4)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.02  # 0.6 ms where it was measured
+
+
+def stacks() -> int:
+    """How many mappings of this process are as large as a thread's stack (a guard page lies below each)."""
+    sizes = [[int(n, 16) for n in line.split()[0].split("-")] for line in Path("/proc/self/maps").read_text().splitlines()]
+    return sum(end - start == (128 << 10) - 4096 for start, end in sizes)
+
+
+def together(lib, blocks: int) -> None:
+    """A launch with all threads of all blocks, of 32 each, alive at once."""
+    numbers, states = torch.zeros(2, blocks, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    lib.run("cooperative", Both(numbers[0]), Both(numbers[1]), Both(states), blocks)
+
+
+@needs_compiler
+def test_stacks_do_not_pile_up(lib):
+    # Two mappings each, and Linux allows a process 65,530: the libraries of one test session came to more.
+    other = library("tests/csrc/cluster_cases.cu")
+    other.run("ranks", Out(torch.zeros(3, 8, 64, 3, dtype=torch.int32)), 2)
+    before = stacks()
+    together(lib, 160)
+    assert before + 3000 < stacks() < before + 4500  # of 5,120
+    other.run("ranks", Out(torch.zeros(3, 8, 64, 3, dtype=torch.int32)), 2)
+    assert stacks() < before + 500
+
+
+@needs_compiler
+def test_no_memory_for_a_stack_is_a_report(lib):
+    together(lib, 2)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), hard))
+    try:
+        with pytest.raises(HostError, match="no memory for the stack of a thread"):
+            together(lib, 1024)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    together(lib, 2)
 
 
 @needs_compiler

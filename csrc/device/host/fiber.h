@@ -6,6 +6,7 @@
 #pragma once
 
 #include <csetjmp>
+#include <stdexcept>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -22,10 +23,12 @@ struct Fiber {
 
   Fiber() {
     stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (stack == MAP_FAILED) throw std::runtime_error("no memory for the stack of a thread");
     // A kernel that needs more than its stack stops the process there instead of writing into another thread's.
-    if (stack == MAP_FAILED || mprotect(stack, kGuard, PROT_NONE)) {
-      std::fprintf(stderr, "fastlm host body: no memory for a thread's stack\n");
-      std::abort();
+    if (mprotect(stack, kGuard, PROT_NONE)) {
+      munmap(stack, kStack);
+      throw std::runtime_error("no memory for the stack of a thread: each is two mappings of the process, of which the system "
+                               "allows a number (vm.max_map_count)");
     }
   }
   ~Fiber() { munmap(stack, kStack); }

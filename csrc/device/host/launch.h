@@ -41,8 +41,8 @@ class Launch {
     if (machine.order == 2) mix(order_, random_);
   }
 
-  // False if a mistake was found: machine.report.
-  bool run() {
+  // A mistake that was found: machine.failed and machine.report.
+  void run() {
     machine.failed = false;
     while (!machine.failed) {
       while (static_cast<int64_t>(live_.size()) < resident_ && next_ < order_.size()) start_cluster(order_[next_++]);
@@ -50,12 +50,11 @@ class Launch {
       round();
     }
     machine.thread = nullptr, machine.block = nullptr;
-    if (!machine.failed) return true;
+    if (!machine.failed) return;
     for (Block* block : blocks()) {  // their threads stand in the middle of a kernel: their stacks begin anew
       for (auto& thread : block->threads) thread->fiber.entered = false;
     }
     while (!live_.empty()) retire(live_.size() - 1);
-    return false;
   }
 
  private:
@@ -200,6 +199,7 @@ class Launch {
 };
 
 constexpr int kFailed = 1;
+constexpr size_t kMostIdle = 4096;  // threads kept for the next launch
 constexpr size_t kMostShared = 232448, kMostStatic = 48 << 10;
 
 inline int run(Dim grid, int cluster, int threads, int shared_bytes, bool cooperative, std::function<void()> body) {
@@ -225,7 +225,14 @@ inline int run(Dim grid, int cluster, int threads, int shared_bytes, bool cooper
   machine.block_threads = threads;
   machine.shared_bytes = shared_bytes;
   machine.body = std::move(body);
-  return Launch(cooperative).run() ? 0 : kFailed;
+  try {
+    Launch(cooperative).run();
+  } catch (const std::runtime_error& error) {  // of a thread that could not be made
+    machine.report = error.what();
+    machine.failed = true;
+  }
+  if (machine.idle.size() > kMostIdle) machine.idle.resize(kMostIdle);
+  return machine.failed ? kFailed : 0;
 }
 
 // The array of a block that belongs to a place in the source.
@@ -311,6 +318,9 @@ FASTLM_HOST_API void fastlm_host_reset(int order, uint64_t seed, int resident) {
   machine.order = order & 3, machine.late_copies = order & 4, machine.late_products = order & 8;
   machine.seed = seed, machine.resident = resident;
 }
+
+// Gives back the stacks that are kept for the next launch.
+FASTLM_HOST_API void fastlm_host_release() { device::host::machine.idle.clear(); }
 
 // The GPU's most_cluster_blocks() from now on: 8, or 1 for one without clusters.
 FASTLM_HOST_API void fastlm_host_clusters(int most) { device::host::machine.most_cluster_blocks = most; }
