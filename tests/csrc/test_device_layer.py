@@ -213,7 +213,9 @@ def test_a_launch_takes_milliseconds(lib):
 
 def stacks() -> int:
     """How many mappings of this process are as large as a thread's stack (a guard page lies below each)."""
-    sizes = [[int(n, 16) for n in line.split()[0].split("-")] for line in Path("/proc/self/maps").read_text().splitlines()]
+    sizes = [
+        [int(n, 16) for n in line.split()[0].split("-")] for line in Path("/proc/self/maps").read_text().splitlines()
+    ]
     return sum(end - start == (128 << 10) - 4096 for start, end in sizes)
 
 
