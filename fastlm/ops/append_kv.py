@@ -8,6 +8,7 @@ from torch import Tensor
 from fastlm.ops._op import Op
 from fastlm.ops._tensor import host_values
 from fastlm.ops.rotary import OP as ROTARY
+from fastlm.ops.rotary import rotated
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -44,17 +45,16 @@ def _torch(k_cache, v_cache, k, v, lengths, page_table, cos, sin, interleaved):
     S, alike = k.shape[1], len(set(starts)) == 1
     place = torch.arange(starts[0], starts[0] + S) if alike else lengths.long()[:, None] + torch.arange(S)
     if cos is not None:
-        k = ROTARY.plain("torch", k, k[:, :, :0], cos, sin, interleaved, place)[0]
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        if page_table is not None:
-            size = cache.shape[1]
-            page = page_table.long()[:, place // size] if alike else page_table.long().gather(1, place // size)
-            cache[page, place % size] = new.to(cache.dtype)
-        elif alike:
-            cache[:, starts[0] : starts[0] + S] = new
-        else:
-            cache[torch.arange(len(starts))[:, None], place] = new.to(cache.dtype)
-    return None
+        k = rotated(k, cos, sin, interleaved, place)
+    if page_table is not None:
+        size = k_cache.shape[1]
+        page = page_table.long()[:, place // size] if alike else page_table.long().gather(1, place // size)
+        at = (page, place % size)
+    elif alike:
+        at = (slice(None), slice(starts[0], starts[0] + S))
+    else:
+        at = (torch.arange(len(starts))[:, None], place)
+    k_cache[at], v_cache[at] = k.to(k_cache.dtype), v.to(v_cache.dtype)
 
 
 OP = Op(
@@ -124,7 +124,7 @@ def check_pages(op: str, page_table: Tensor, pages: int, size: int, first: Tenso
     """Raises if a page that holds places first[b] .. end[b]-1 of a row b is none of the cache's. Reads values."""
     if page_table.numel() == 0:
         return
-    low, high = page_table.aminmax()
+    low, high = map(int, page_table.aminmax())
     if low >= 0 and high < pages:
         return
     number = torch.arange(page_table.shape[1], device=page_table.device)

@@ -146,6 +146,12 @@ def _torch(q, k, cos, sin, interleaved, positions=None, offset=0, starts=None, c
     return torch.split_with_sizes_copy(both, heads, 2) if differentiable else both.split_with_sizes(heads, 2)
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, positions: Tensor | None) -> Tensor:
+    """The torch form for one tensor [B, S, heads, width] and without a gradient; its arguments are checked already."""
+    cos, sin = _angles(x, cos, sin, positions, 0, None, None)
+    return (_rotated_fast if x.numel() > _FEW else _rotated_few)(x, cos, sin, interleaved)
+
+
 def _supports(backend, q, k, cos, sin):
     if backend == "triton" and q.shape[-1] > 1024:
         return f"its heads are at most 1024 wide, got {q.shape[-1]}"
