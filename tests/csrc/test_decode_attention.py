@@ -30,6 +30,7 @@ from tests.ops.test_decode_attention_contract import _check_guards
 
 pytestmark = needs_compiler
 SOURCE = "csrc/decode_attention.cu"
+HEADERS = tuple(f"decode_attention_{part}.h" for part in ("plain", "mma", "merge", "share"))
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LENGTHS = (0, 1, 18, 150)  # shares of 64 keys or 128: nothing, a key, a tile and a tail, three shares and a tail
 
@@ -385,7 +386,7 @@ def one_kernel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def with_bug(one_kernel, tmp_path_factory):
-    return planted(one_kernel, BUGS, tmp_path_factory.mktemp("planted"))
+    return planted(one_kernel, BUGS, tmp_path_factory.mktemp("planted"), HEADERS)
 
 
 @needs_nvcc
