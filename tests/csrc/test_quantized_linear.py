@@ -140,7 +140,8 @@ def test_wrong_arguments_are_refused(lib):
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
-# A way of scaling and bits -> mistake -> the text in csrc/few_rows.h and what stands in its place.
+HEADERS = ("few_rows.h", *(f"few_rows_{part}.h" for part in ("plain", "mma", "operands", "numbers")))
+# A way of scaling and bits -> mistake -> the text in one of these and what stands in its place.
 BUGS = {
     ("small", 4, 32): {
         "a shuffle that half of the warp leaves out": ("odd ? w[i] : w[i + 1], 1)", "odd ? w[i] : w[i + 1], 1, 0x0000ffff)"),
@@ -165,7 +166,8 @@ BUGS = {
         "another row's zero point": ("load_zero<BITS>(a, row[r])", "load_zero<BITS>(a, row[0])"),
     },
 }  # fmt: skip
-LAUNCHER = """
+LAUNCHER = """#include "few_rows.h"
+
 extern "C" int fastlm_quantized_linear_fwd(const fastlm_linear* args, void* stream) {
   return few_rows::start_tiles<device::bf16, %d, few_rows::Groups::%s>(*args, stream);
 }
@@ -174,12 +176,11 @@ extern "C" int fastlm_quantized_linear_fwd(const fastlm_linear* args, void* stre
 
 @pytest.fixture(scope="module")
 def with_bug(tmp_path_factory):
-    text = (CSRC / "few_rows.h").read_text(encoding="utf-8").replace("#pragma once", "")
     found = {}
     for (scaling, bits, _), bugs in BUGS.items():
         folder = tmp_path_factory.mktemp(scaling)
-        (folder / "one.cu").write_text(text + LAUNCHER % (bits, scaling), encoding="utf-8")
-        found |= planted(str(folder / "one.cu"), bugs, folder)
+        (folder / "one.cu").write_text(LAUNCHER % (bits, scaling), encoding="utf-8")
+        found |= planted(str(folder / "one.cu"), bugs, folder, HEADERS)
     return found
 
 
