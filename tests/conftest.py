@@ -7,8 +7,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     from fastlm._interpreter import repair_interpreter
+    from tests.quick_interpreter import quicken_interpreter
 
     repair_interpreter()
+    quicken_interpreter()
 
 import pytest
 

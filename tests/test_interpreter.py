@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def errors():
-    """Per kind of run, "plain" or "repaired": what each kernel got wrong, in an interpreter of its own."""
+    """Per kind of run, "plain", "repaired" or "quick": what each kernel got wrong, in an interpreter of its own."""
     found = {}
-    for kind in ("plain", "repaired"):
+    for kind in ("plain", "repaired", "quick"):
         command = [sys.executable, str(ROOT / "tests" / "interpreter_kernels.py"), kind]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -35,6 +35,11 @@ def test_without_the_repair_bf16_is_wrong(errors):
 
 def test_with_the_repair_bf16_is_right(errors):
     repaired = dict(errors["repaired"])
+    repaired.pop("digest")
     for dtype in ("torch.bfloat16", "torch.float16", "torch.float32"):
         assert repaired.pop(f"dot {dtype}") < 1e-3
     assert repaired == dict.fromkeys(repaired, 0), "elements that differ from torch's own bf16, by operation"
+
+
+def test_made_quick_it_says_the_same(errors):
+    assert errors["quick"] == errors["repaired"] and len(errors["quick"]["digest"]) == 64
