@@ -54,7 +54,8 @@ def _attend_tile(
     # With nothing added, the factor is left to the exponent's multiply-add.
     if rule.softcap is not None or rule.alibi is not None or rule.distances is not None or rule.bias is not None:
         if rule.softcap is not None:
-            scores = capped(scores, rule.softcap, scale, k.dtype == tl.float32) * (rule.softcap * LOG2E)
+            tanh, _ = capped(scores, rule.softcap, scale, k.dtype == tl.float32)
+            scores = tanh * (rule.softcap * LOG2E)
         else:
             scores = scores * factor
         scores = with_additions(scores, rule, place, query[:, None], key[None, :])

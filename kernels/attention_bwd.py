@@ -3,7 +3,7 @@
 With P the probabilities, dP = dO V^T and delta = rowsum(dO * O) - dlse, the gradient of the scores is dS = P * (dP - delta);
 then dV = P^T dO, dK = dS^T Q * scale, dQ = dS K * scale. The dK dV kernel computes the scores as K Q^T, keys down the rows:
 transposing an accumulator instead (`tl.dot(tl.trans(P), dO)`) is miscompiled on Hopper by Triton 3.4 to 3.7.0.
-Dropout's mask D = keep / (1 - p) goes into dV = (P D)^T dO and dS = P * (D dP - delta); softcap's tanh t gives 1 - t^2.
+Dropout's mask D = keep / (1 - p) goes into dV = (P D)^T dO and dS = P * (D dP - delta); softcap's tanh gives its slope.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def _add_to_dkdv(
     dout = tl.load(dout_ptrs, mask=live(query, place.S, DV, BLOCK_M, BLOCK_DV, True), other=0.0)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if rule.softcap is not None:
-        tanh = capped(scores, rule.softcap, scale, k.dtype == tl.float32)
+        tanh, slope = capped(scores, rule.softcap, scale, k.dtype == tl.float32)
         scores = tanh * (rule.softcap * LOG2E)
     else:
         scores = scores * (scale * LOG2E)
@@ -68,7 +68,7 @@ def _add_to_dkdv(
         dv = tl.dot(probs.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dscores = probs * (dprobs - delta[None, :])
     if rule.softcap is not None:
-        dscores = dscores * (1.0 - tanh * tanh)
+        dscores = dscores * slope
     dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 

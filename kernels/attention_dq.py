@@ -21,9 +21,8 @@ def dscores_of(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     slope = 1.0
     if rule.softcap is not None:
-        tanh = capped(scores, rule.softcap, scale, k.dtype == tl.float32)
+        tanh, slope = capped(scores, rule.softcap, scale, k.dtype == tl.float32)
         scores = tanh * (rule.softcap * LOG2E)
-        slope = 1.0 - tanh * tanh
     else:
         scores = scores * (scale * LOG2E)
     scores = with_additions(scores, rule, place, query[:, None], key[None, :])

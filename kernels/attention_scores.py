@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .attention_common import LOG2E
+from .common import tanh_and_slope
 
 HIDDEN = tl.constexpr(-2e38)  # a bias below hides the key: torch.finfo(torch.float32).min as well as -inf
 
@@ -44,19 +45,8 @@ def visible(rule, place, query, key):
 
 @triton.jit
 def capped(scores, softcap, scale, EXACT: tl.constexpr = False):
-    """tanh(scores * scale / softcap), by exp2: the interpreter has no tanh.
-
-    Near 0 the difference of two numbers near 1 has few digits left: too few for fp32 inputs (EXACT), where a polynomial takes
-    over (that of the Cephes library, relative error 2e-7 up to 0.625), and more than 16-bit ones have.
-    """
-    tanh = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E * scale / softcap)) + 1.0)
-    if EXACT:
-        y = scores * (scale / softcap)
-        z = y * y
-        p = (-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2
-        p = (p * z + 1.33314422036e-1) * z - 3.33332819422e-1
-        tanh = tl.where(tl.abs(y) < 0.625, p * z * y + y, tanh)
-    return tanh
+    """tanh(scores * scale / softcap) and its slope. EXACT: fp32 inputs, as 16-bit ones have fewer digits than tanh near 0."""
+    return tanh_and_slope(scores * (scale / softcap), scores * (2.0 * LOG2E * scale / softcap), EXACT)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from .loss_rows import (
     ends_of,
     kind_of_softcap,
     logit,
+    logit_and_slope,
     peels,
     row_of,
     store_gradient,
@@ -44,7 +45,7 @@ def _read_tile(z_ptr, at, first, mask, weight_ptr, state, picked, scale, softcap
 def _write_tile(z_ptr, dz_ptr, at, first, mask, weight_ptr, row, scale, softcap, SMOOTHING: tl.constexpr,
                 SOFTCAP: tl.constexpr):  # fmt: skip
     target, peak, log_sum, share, spread, weight_sum, pull, factor = row
-    x = logit(z_ptr + at, mask, scale, softcap, SOFTCAP)
+    x, slope = logit_and_slope(z_ptr + at, mask, scale, softcap, SOFTCAP)
     p = tl.exp((x - peak) - log_sum)  # not x - lse: a large lse is rounded, x - peak is not
     g = share * (p - tl.where(at - first == target, 1.0, 0.0))
     if SMOOTHING:
@@ -53,7 +54,7 @@ def _write_tile(z_ptr, dz_ptr, at, first, mask, weight_ptr, row, scale, softcap,
             w = tl.load(weight_ptr + (at - first), mask=mask)
         g += spread * (weight_sum * p - w)
     g += pull * p  # last: it would round away what is left of p - 1
-    store_gradient(dz_ptr + at, mask, g, x, factor, True, scale, softcap, SOFTCAP)
+    store_gradient(dz_ptr + at, mask, g, slope, factor, True, scale)
 
 
 @triton.jit

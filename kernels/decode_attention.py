@@ -88,7 +88,8 @@ def _attend(
         k = tl.load(k_base + row[:, None] + (d * stride_kd)[None, :], mask=k_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if rule.softcap is not None:
-            scores = capped(scores, rule.softcap, scale, k.dtype == tl.float32) * (rule.softcap * LOG2E)
+            tanh, _ = capped(scores, rule.softcap, scale, k.dtype == tl.float32)
+            scores = tanh * (rule.softcap * LOG2E)
         else:
             scores = scores * (scale * LOG2E)
         scores = with_additions(scores, rule, place, query[:, None], key[None, :])

@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 
 from .common import at_two_strides, empty_beside
-from .loss_rows import LOWEST, add_to_softmax, ends_of, kind_of_softcap, logit, peels, row_of, store_gradient, strides
+from .loss_rows import (
+    LOWEST,
+    add_to_softmax,
+    ends_of,
+    kind_of_softcap,
+    logit,
+    logit_and_slope,
+    peels,
+    row_of,
+    store_gradient,
+    strides,
+)
 
 FORWARD, REVERSE, MIXTURE = range(3)  # KL(teacher || student), KL(student || teacher), and what lies between
 _FORWARD, _REVERSE = tl.constexpr(FORWARD), tl.constexpr(REVERSE)
@@ -24,8 +35,10 @@ STATISTICS = 5
 
 @triton.jit
 def _logits(x_ptr, y_ptr, mask, options, X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr):
+    """-> both tiles of logits, and the slope of the first's softcap."""
     x_scale, y_scale, x_softcap, y_softcap, _, _ = options
-    return logit(x_ptr, mask, x_scale, x_softcap, X_SOFTCAP), logit(y_ptr, mask, y_scale, y_softcap, Y_SOFTCAP)
+    x, slope = logit_and_slope(x_ptr, mask, x_scale, x_softcap, X_SOFTCAP)
+    return x, logit(y_ptr, mask, y_scale, y_softcap, Y_SOFTCAP), slope
 
 
 @triton.jit
@@ -45,7 +58,7 @@ def _add_tile(x_ptr, y_ptr, mask, state, options,
               KIND: tl.constexpr, X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """One tile of the first pass. state: both maxima, both sums of exp(x - maximum) per lane, and cross (see there)."""
     x_peak, y_peak, x_sums, y_sums, cross = state
-    x, y = _logits(x_ptr, y_ptr, mask, options, X_SOFTCAP, Y_SOFTCAP)
+    x, y, _ = _logits(x_ptr, y_ptr, mask, options, X_SOFTCAP, Y_SOFTCAP)
     x, y = x * options[4], y * options[4]
     new_x, new_x_sums = add_to_softmax(x, mask, x_peak, x_sums, MASKED)
     new_y, new_y_sums = add_to_softmax(y, mask, y_peak, y_sums, MASKED)
@@ -58,10 +71,10 @@ def _add_tile(x_ptr, y_ptr, mask, state, options,
 
 @triton.jit
 def _log_probabilities(x_ptr, y_ptr, mask, row, options, X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr):
-    """-> the student's logits, log q and log p of one tile. row: the statistics."""
-    x, y = _logits(x_ptr, y_ptr, mask, options, X_SOFTCAP, Y_SOFTCAP)
+    """-> the slope of the student's softcap, log q and log p of one tile. row: the statistics."""
+    x, y, slope = _logits(x_ptr, y_ptr, mask, options, X_SOFTCAP, Y_SOFTCAP)
     # The maximum first: a large log-sum-exp is rounded, and a difference from the maximum is not.
-    return x, (x * options[4] - row[0]) - row[2], (y * options[4] - row[1]) - row[3]
+    return slope, (x * options[4] - row[0]) - row[2], (y * options[4] - row[1]) - row[3]
 
 
 @triton.jit
@@ -89,7 +102,7 @@ def _value_tile(x_ptr, y_ptr, mask, row, sums, options,
 @triton.jit
 def _gradient_tile(x_ptr, y_ptr, dx_ptr, mask, row, factor, options,
                    KIND: tl.constexpr, X_SOFTCAP: tl.constexpr, Y_SOFTCAP: tl.constexpr):  # fmt: skip
-    x, log_q, log_p = _log_probabilities(x_ptr, y_ptr, mask, row, options, X_SOFTCAP, Y_SOFTCAP)
+    slope, log_q, log_p = _log_probabilities(x_ptr, y_ptr, mask, row, options, X_SOFTCAP, Y_SOFTCAP)
     q = tl.exp(log_q)
     if KIND == _FORWARD:
         gradient = q - tl.exp(log_p)
@@ -99,7 +112,7 @@ def _gradient_tile(x_ptr, y_ptr, dx_ptr, mask, row, factor, options,
         beta = options[5]
         log_m = _log_mixture(q, tl.exp(log_p), beta)
         gradient = tl.where(q == 0, 0.0, (1.0 - beta) * q * (log_q - log_m - row[4]))
-    store_gradient(dx_ptr, mask, gradient, x, factor * options[4], True, options[0], options[2], X_SOFTCAP)
+    store_gradient(dx_ptr, mask, gradient, slope, factor * options[4], True, options[0])
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import chunked_loss
-from .loss_rows import LOWEST, add_to_softmax, kind_of_softcap, logit, store_gradient
+from .loss_rows import LOWEST, add_to_softmax, kind_of_softcap, logit, logit_and_slope, store_gradient
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _add_tile(z_ptr, col, mask, inside, weight_ptr, peak, sums, total, picked, s
 def _write_tile(z_ptr, col, mask, inside, weight_ptr, target, peak, inverse_sum, share, spread, weight_sum, pull, factor, live,
                 scale, softcap, WEIGHTS: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
     """One tile of the second pass: the gradient over the logits."""
-    x = logit(z_ptr + col, mask, scale, softcap, SOFTCAP)
+    x, slope = logit_and_slope(z_ptr + col, mask, scale, softcap, SOFTCAP)
     p = tl.exp(x - peak) * inverse_sum  # not exp(x - lse): a large lse is rounded, x - peak is not
     g = p - tl.where(col == target, 1.0, 0.0)
     if WEIGHTS or SMOOTHING:
@@ -42,7 +42,7 @@ def _write_tile(z_ptr, col, mask, inside, weight_ptr, target, peak, inverse_sum,
             w = tl.load(weight_ptr + col, mask=inside)
         g += spread * (weight_sum * p - w)
     g += pull * p  # last: it would round away what is left of p - 1
-    store_gradient(z_ptr + col, mask, g, x, factor, live, scale, softcap, SOFTCAP)
+    store_gradient(z_ptr + col, mask, g, slope, factor, live, scale)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import row_start
+from .common import row_start, tanh_and_slope
 
 # The maximum before the first tile, the lowest number of fp32: finite, as a whole tile of -inf must not give inf - inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -61,19 +61,6 @@ def ends_of(first, V, PEEL: tl.constexpr, BLOCK_V: tl.constexpr):
     return full, end
 
 
-@triton.jit
-def tanh(x, EXACT: tl.constexpr):
-    """tanh from exp2. Near 0 the difference of two numbers near 1 has few digits left; where more are wanted (EXACT) a
-    polynomial takes over (that of the Cephes library, relative error 2e-7 up to 0.625)."""
-    t = 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * x) + 1.0)
-    if EXACT:
-        s = x * x
-        p = (-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2
-        p = (p * s + 1.33314422036e-1) * s - 3.33332819422e-1
-        t = tl.where(tl.abs(x) < 0.625, p * s * x + x, t)
-    return t
-
-
 def kind_of_softcap(softcap):
     """SOFTCAP of a kernel: 0 none, 1 a usual one (30, 50), 2 one so far above the logits that tanh must be exact in 16 bits too:
     its error of 1e-7 is multiplied by the softcap. Not always, as linear_cross_entropy would spill 48 bytes."""
@@ -81,11 +68,23 @@ def kind_of_softcap(softcap):
 
 
 @triton.jit
-def logit(z_ptr, mask, scale, softcap, SOFTCAP: tl.constexpr):
-    """x of the logits at z_ptr (a pointer or a tile of pointers) in fp32; softcap is read only if SOFTCAP."""
+def logit_and_slope(z_ptr, mask, scale, softcap, SOFTCAP: tl.constexpr):
+    """x of the logits at z_ptr (a pointer or a tile of pointers) in fp32, and the slope of the softcap there; softcap is read
+    only if SOFTCAP."""
     x = tl.load(z_ptr, mask=mask).to(tl.float32) * scale
+    slope = 1.0
     if SOFTCAP:
-        x = softcap * tanh(x / softcap, (z_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2)
+        x /= softcap
+        exact: tl.constexpr = (z_ptr.dtype.element_ty == tl.float32) or SOFTCAP == 2
+        x, slope = tanh_and_slope(x, 2.8853900817779268 * x, exact)
+        x *= softcap
+    return x, slope
+
+
+@triton.jit
+def logit(z_ptr, mask, scale, softcap, SOFTCAP: tl.constexpr):
+    """x alone."""
+    x, _ = logit_and_slope(z_ptr, mask, scale, softcap, SOFTCAP)
     return x
 
 
@@ -119,10 +118,8 @@ def add_to_moments(x, mask, peak, sums, moments, MASKED: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(z_ptr, mask, gradient, x, factor, live, scale, softcap, SOFTCAP: tl.constexpr):
+def store_gradient(z_ptr, mask, gradient, slope, factor, live, scale):
     """One tile of the second pass: factor (of the row) times d(loss)/dz over the logits, from the gradient of the loss by x."""
-    if SOFTCAP:
-        gradient *= 1.0 - (x / softcap) * (x / softcap)
     # A choice, not a product: a row that is not live may hold anything.
-    gradient = tl.where(live, gradient * (factor * scale), 0.0)
+    gradient = tl.where(live, gradient * slope * (factor * scale), 0.0)
     tl.store(z_ptr, gradient.to(z_ptr.dtype.element_ty), mask=mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 transforms_active = torch._C._are_functorch_transforms_active
@@ -34,6 +35,11 @@ def is_batched(tensor: Tensor) -> bool:
 def is_eager() -> bool:
     """Whether calls run as they are made, with values: nothing compiles, traces, transforms or records them."""
     return not (transforms_active() or is_compiling() or is_tracing() or (modes() and without_values()))
+
+
+def is_dual() -> bool:
+    """Whether forward-mode AD is on, to which functions with a hand-written backward are unknown."""
+    return forward_ad._current_level >= 0
 
 
 def without_values() -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastlm.ops._tensor import compute_dtype
 from fastlm.ops.block_mask import BlockMask
 from fastlm.ops.random_bits import philox
+from fastlm.ops.softcap import capped
 
 # The diagonal begins at the first query and key; ends at the last query and the last key that can be seen; or at the last key.
 FROM_START, TO_SEEN, TO_END = 0, 1, 2
@@ -97,7 +98,7 @@ def scores_and_mask(call: Call, rows: slice = slice(None)) -> tuple[Tensor, Tens
     qf = q.to(dtype).transpose(1, 2).unflatten(1, (k.shape[2], -1))
     scores = (qf @ k.to(dtype).transpose(1, 2).unsqueeze(2).transpose(-1, -2) * call.scale).flatten(1, 2)
     if call.softcap:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
+        scores = capped(scores, call.softcap)
     seen = who_sees_whom(call, rows)
     added = added_scores(call, rows)
     if added is not None:

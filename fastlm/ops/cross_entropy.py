@@ -14,13 +14,14 @@ from fastlm.ops._cuda import not_measured
 from fastlm.ops._native import MEAN, cross_entropy_loss
 from fastlm.ops._op import Op, at_once
 from fastlm.ops._tensor import can_read, compute_dtype, grad_of
+from fastlm.ops.softcap import capped
 
 
 def _scaled(input, scale, softcap):
     x = input.to(compute_dtype(input))
     if scale != 1:
         x = x * scale
-    return x if softcap is None else softcap * torch.tanh(x / softcap)
+    return x if softcap is None else capped(x, softcap)
 
 
 def _reference(input, target, weight, ignore_index, label_smoothing, z_loss, scale, softcap):

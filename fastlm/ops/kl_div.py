@@ -13,6 +13,7 @@ from fastlm.ops._op import Op, at_once
 from fastlm.ops._tensor import can_read, compute_dtype, grad_of
 from fastlm.ops.loss_checks import check_denominator, ordinary
 from fastlm.ops.loss_gradients import save, saved
+from fastlm.ops.softcap import slope as slope_of_tanh
 
 _SCRATCH_BYTES = 1 << 19
 # Elements up to which the CPU takes torch's own calls for the two ends of beta: their tensors then stay in the cache.
@@ -83,8 +84,8 @@ def _load(z, x, inverse_t, scale, softcap):
     if scale != 1 or softcap is not None:
         z = torch.mul(z.to(x.dtype), scale)
     if softcap is not None:
-        t = z.div_(softcap).tanh_()
-        slope, z = 1 - t * t, t * softcap
+        u = z.div_(softcap)
+        slope, z = slope_of_tanh(u), u.tanh_().mul_(softcap)
     torch.sub(z, z.amax(-1, keepdim=True), out=x) if z.dtype == x.dtype else x.copy_(z).sub_(x.amax(-1, keepdim=True))
     if inverse_t != 1:
         x.mul_(inverse_t)

@@ -15,6 +15,7 @@ from fastlm.ops._tensor import autocast_dtype, compute_dtype, host_values
 from fastlm.ops.cross_entropy import without_bad_rows
 from fastlm.ops.loss_gradients import NEED, empty_gradients, scaled, wire
 from fastlm.ops.loss_rows import cross_entropy_rows
+from fastlm.ops.softcap import capped
 
 # Logits up to which the CPU takes torch's own two calls: chunks save nothing there, and their dozens of small torch calls
 # cost half a millisecond (768 x 65: 0.74 against 1.25 ms with the backward; at 2048 x 1024 they are even).
@@ -28,7 +29,7 @@ def _reference(hidden, weight, bias, target, token_weight, class_weight, denomin
     live = target != ignore_index
     logits = logits.masked_fill(~live.unsqueeze(-1), 0)  # they may have overflowed
     if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+        logits = capped(logits, softcap)
     terms = -logits.log_softmax(-1)  # lse - logits, of which a large lse would round the digits away
     index = target.clamp(0, weight.shape[0] - 1)
     loss = terms.gather(-1, index.unsqueeze(-1)).squeeze(-1)

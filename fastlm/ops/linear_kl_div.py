@@ -14,11 +14,12 @@ from fastlm.ops._op import Op
 from fastlm.ops._tensor import autocast_dtype, compute_dtype
 from fastlm.ops.kl_div import check_options, divergence, reduced, torch_rows
 from fastlm.ops.loss_gradients import NEED, empty_gradients, scaled, wire
+from fastlm.ops.softcap import capped
 
 
 def _logits(hidden, weight, bias, dtype, scale, softcap):
     z = scale * F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    return z if softcap is None else capped(z, softcap)
 
 
 def _reference(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, token_weight, denominator,

@@ -14,6 +14,7 @@ from fastlm.ops import loss_checks as checks
 from fastlm.ops._op import Op
 from fastlm.ops._tensor import autocast_dtype, compute_dtype, grad_of
 from fastlm.ops.loss_rows import gradient, statistics
+from fastlm.ops.softcap import capped
 
 _SMALL = 1 << 15  # logits up to which the CPU takes torch's own calls, of which autograd makes fewer than _Kept
 
@@ -32,7 +33,7 @@ def _logits(hidden, weight, bias, dtype, scale, softcap):
     z = F.linear(hidden, weight, bias).to(compute_dtype(hidden))
     if scale != 1:
         z = z * scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    return z if softcap is None else capped(z, softcap)
 
 
 def _outputs(z, logp, lse, below, target, ignore_index):

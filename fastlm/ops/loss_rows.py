@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from fastlm.ops.softcap import slope
+
 SCRATCH_BYTES = 1 << 19
 
 
@@ -18,18 +20,21 @@ def _blocks(logits, dtype):
         yield slice(start, min(start + block, rows))
 
 
+def _scaled(z, dtype, scale):
+    z = z.to(dtype)
+    return z if scale == 1 else z * scale
+
+
 def _capped(z, dtype, scale, softcap):
     """x of logits z; z itself where nothing is to be done."""
-    x = z.to(dtype)
-    if scale != 1:
-        x = x * scale
+    x = _scaled(z, dtype, scale)
     return x if softcap is None else torch.div(x, softcap).tanh_().mul_(softcap)
 
 
-def _through_cap(g, x, scale, softcap):
-    """The gradient by z, in place in g, from that by x; x is overwritten."""
+def _through_cap(g, z, scale, softcap):
+    """The gradient by z, in place in g, from that by x."""
     if softcap is not None:
-        g.mul_(x.div_(softcap).square_().neg_().add_(1))
+        g.mul_(slope(_scaled(z, g.dtype, scale) / softcap))
     if scale != 1:
         g.mul_(scale)
 
@@ -80,7 +85,7 @@ def cross_entropy_rows(logits, target, loss, row_scale, class_weight, class_sum,
         p.scatter_add_(1, at, -share[here])
         if pull is not None:
             p.add_(pull)
-        _through_cap(p, x, scale, softcap)
+        _through_cap(p, z, scale, softcap)
         torch.mul(p, factor[here], out=z)
     if with_grad:  # of infinite logits p is NaN, and 0 times it
         if logits.device.type == "cpu":
@@ -92,7 +97,7 @@ def cross_entropy_rows(logits, target, loss, row_scale, class_weight, class_sum,
 
 def statistics(logits, target, stats, class_weight, scale, softcap):
     """Writes stats [5, R] of logits [R, V]: per row the maximum of x, sum exp(x - maximum), sum exp(x - maximum) (x - maximum),
-    sum w x (w: class_weight [V] or ones; class_weight False: 0) and x of the target (0 if the target is not in [0, V))."""
+    sum w (x - maximum) (w: class_weight [V] or ones; class_weight False: 0) and x of the target (0 if it is not in [0, V))."""
     vocabulary = logits.shape[1]
     index = target.clamp(0, vocabulary - 1).unsqueeze(1)
     elsewhere = index.squeeze(1) != target
@@ -101,9 +106,10 @@ def statistics(logits, target, stats, class_weight, scale, softcap):
         peak = x.amax(-1, keepdim=True).clamp_(min=torch.finfo(x.dtype).min)  # finite, so that -inf - peak is -inf
         stats[0, here] = peak.squeeze(1)
         stats[4, here] = x.gather(1, index[here]).squeeze(1)
-        if class_weight is not False:
-            stats[3, here] = x.sum(-1) if class_weight is None else torch.mv(x, class_weight)
-        below = (x - peak).clamp_(min=-1000)  # -inf times its exp of 0 would be NaN
+        below = x - peak
+        if class_weight is not False:  # of x - peak: what logits share would take the digits of their sum
+            stats[3, here] = below.sum(-1) if class_weight is None else torch.mv(below, class_weight)
+        below.clamp_(min=-1000)  # -inf times its exp of 0 would be NaN
         e = below.exp()
         stats[1, here] = e.sum(-1)
         stats[2, here] = e.mul_(below).sum(-1)
@@ -136,5 +142,5 @@ def gradient(logits, target, factors, class_weight, spread, entropy, ignore_inde
             g.sub_(bend)
         if spread:
             g.sub_(even[here] if class_weight is None else even[here] * class_weight)
-        _through_cap(g, x, scale, softcap)
+        _through_cap(g, z, scale, softcap)
         z.copy_(g.masked_fill_(ignored[here], 0))

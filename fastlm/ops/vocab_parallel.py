@@ -38,12 +38,15 @@ def _largest(t: Tensor, group) -> Tensor:
     return largest
 
 
-def _finish(stats: Tensor, group) -> Tensor:
-    """stats [5 or more, R] of this rank's classes (see loss_rows.statistics; further rows are sums) -> those of all classes."""
+def _finish(stats: Tensor, group, mass=None) -> Tensor:
+    """stats [5 or more, R] of this rank's classes (see loss_rows.statistics; further rows are sums) -> those of all classes.
+    mass: the sum of this rank's class weights, if sums over them are wanted."""
     mine, peak = stats[0], stats[0].clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
     step = (mine - peak).clamp_(min=-1000)
     shrink = step.exp()
+    if mass is not None:
+        stats[3] += mass * (mine - peak)
     stats[2] = (stats[2] + step * stats[1]) * shrink
     stats[1] *= shrink
     stats[0] = peak
@@ -80,21 +83,22 @@ def _losses(part, chunks, class_weight, label_smoothing, z_loss, scale, softcap)
     wide, target = compute_dtype(chunks.h), part.target.reshape(-1)
     stats = torch.empty((7, target.shape[0]), dtype=wide, device=target.device)
     logits = None
+    mine = chunks.weight.shape[0] if class_weight is None else class_weight.sum()  # mass of this rank's classes
     for here, logits in chunks:
         weights = class_weight if label_smoothing else False
         part.kernels.statistics(logits, target[here], stats[:5, here], weights, scale, softcap)
     stats[5] = (target >= 0) & (target < chunks.weight.shape[0])
     stats[6] = stats[5] if class_weight is None else part.weights_of_targets(class_weight, target)
-    peak, sums, _, total, picked, found, share = _finish(stats, part.group)
+    peak, sums, _, total, picked, found, share = _finish(stats, part.group, mine if label_smoothing else None)
     log_sum, share, everywhere = sums.log(), share * (1 - label_smoothing), 0.0
     lse = peak + log_sum
     loss = share * (log_sum + (peak - picked))
     factors = torch.zeros_like(stats)
     if label_smoothing:
         classes = part.classes.to(wide)
-        mass = classes if class_weight is None else _sum(class_weight.sum(), part.group)
+        mass = classes if class_weight is None else _sum(mine, part.group)
         spread = label_smoothing / classes
-        loss, everywhere = loss + spread * (mass * lse - total), spread * mass
+        loss, everywhere = loss + spread * (mass * log_sum - total), spread * mass
         factors[4] = spread
     if z_loss:  # else 0 times the square of an lse beyond 1.8e19
         loss = loss + z_loss * lse.square()

@@ -115,6 +115,23 @@ def check_a_part_ruled_out(backend):
     _compare(run, input, weight, bias, (130, 20), torch.float32, "a part ruled out")
 
 
+def check_a_shared_offset(backend):
+    """Sums of logits of 1e5 have no digits of their differences left in fp32; the two parts have different maxima."""
+    input, target = torch.ones(ROWS, 1), torch.tensor([0, 70, 129, 130, 140, 149, -100])
+    weight = (1e5 + torch.arange(CLASSES) % 7 + 5.0 * (torch.arange(CLASSES) >= 130))[:, None]
+    part = _own(weight, (130, 20))
+    for class_weight in (None, torch.rand(CLASSES)):
+        options = {"label_smoothing": 0.5, "reduction": "none"}
+        want = torch.nn.functional.cross_entropy(
+            (input @ weight.T).double(), target, None if class_weight is None else class_weight.double(), **options
+        )
+        got = ops.linear_cross_entropy(
+            input, part, target, weight=_own(class_weight, (130, 20)), group=dist.group.WORLD,
+            backend=backend, **options,
+        )  # fmt: skip
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
+
+
 def check_16_bits(backend, dtype):
     """bf16 and fp16: as close to fp64 as one process is, up to the rounding of the sum of two parts of input's gradient."""
     input, weight, bias, target, *_ = _tensors(dtype, "cpu", ROWS, WIDTH, CLASSES)
@@ -157,7 +174,7 @@ def check_planted_bug_is_seen(name, wrong):
         setattr(owner, attribute, right)
 
 
-def _without_a_common_maximum(stats, group):
+def _without_a_common_maximum(stats, group, mass):
     vocab_parallel._sum(stats[1:], group)
     return stats
 
@@ -178,6 +195,7 @@ def checks():
     for backend in ("torch", "triton"):
         found[f"{backend} no target here"] = lambda b=backend: check_no_target_here(b)
         found[f"{backend} a part ruled out"] = lambda b=backend: check_a_part_ruled_out(b)
+        found[f"{backend} shared offset"] = lambda b=backend: check_a_shared_offset(b)
         found[f"{backend} bf16"] = lambda b=backend: check_16_bits(b, torch.bfloat16)
         found[f"{backend} fp16"] = lambda b=backend: check_16_bits(b, torch.float16)
         found[f"{backend} autocast and errors"] = lambda b=backend: check_autocast_and_errors(b)
