@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlm.errors import UserError
 from fastlm.generate.cpu import CpuDecoder, reason_against
-from fastlm.generate.sampling import SamplingConfig, make_generator, sample
+from fastlm.generate.sampling import Draws, SamplingConfig
 from fastlm.generate.text import TextStream, check_stop_strings
 
 # On a GPU, reading tokens on the host makes it wait; without a stream that happens only every so many steps, and a text may
@@ -46,8 +46,9 @@ def generate(
         model: a fastlm.models.Transformer.
         tokens: int64 [B, S], or a list of prompts of any lengths, each int64 [S_b] or a list of ints.
         max_new_tokens: at most this many new tokens a row.
-        temperature, top_k, top_p, min_p, seed: see SamplingConfig; temperature 0 is greedy. Equal seeds give equal texts for
-            the same batch.
+        temperature, top_k, top_p, min_p, seed: see SamplingConfig and `fastlm.ops.sample`, which draws; temperature 0 is greedy.
+            Equal seeds give equal texts; what a row draws depends on the seed, its logits and its place in the batch, not on the
+            other rows.
         eos_id: token or tokens that end a row; None for the model's config.eos_ids, () for none.
         pad_id: fills up rows of a tensor that end early; None for config.pad_id, else the end-of-text token, else 0.
         stop_strings: texts that end a row. They may begin and end inside tokens; a row then keeps the tokens that hold the text
@@ -63,7 +64,7 @@ def generate(
 
     Raises:
         UserError: an empty prompt or batch, a prompt that leaves no room within max_positions, a token outside the vocabulary,
-        stop_strings or stream without tokenizer, a number out of range.
+        stop_strings or stream without tokenizer, a number out of range, logits to draw from that are NaN.
     """
     config = SamplingConfig(temperature, top_k, top_p, min_p, seed)
     device, limits = model.head_weight.device, model.config
@@ -104,6 +105,11 @@ class _Row:
         """Takes the next token, unless the row has ended."""
         if self.done:
             return
+        if token < 0:
+            raise UserError(
+                f"generate: the logits behind {len(self.prompt) + len(self.new)} tokens are NaN or all -infinity; "
+                "check the model's weights, or its dtype for overflow"
+            )
         self.new.append(token)
         if token in self.ends:
             self.done = True
@@ -124,24 +130,26 @@ class _Row:
 def _run(model: Any, rows: list[_Row], config: SamplingConfig, fast: bool, look: int) -> None:
     """Generates until every row is done. The host reads the new tokens every `look` steps."""
     device = model.head_weight.device
-    generator = make_generator(config.seed, device) if config.temperature > 0 else None
     steps = max(row.limit for row in rows)
+    draws = Draws(config, steps, device)
     # Making a CpuDecoder costs about as much as two tokens save.
     one_by_one = fast and steps > 2 and reason_against(model, len(rows)) is None
     decoder = (_OneByOne if one_by_one else _Together)(model, rows)
     logits = decoder.prefill()
     unread: list[Tensor] = []
     for step in range(1, steps + 1):
-        token = sample(logits, config, generator)
+        token = draws(logits)
         unread.append(token)
         if step % look == 0 or step == steps:
-            for column in torch.stack(unread).tolist():
+            columns = [token.tolist()] if look == 1 else torch.stack(unread).tolist()
+            for column in columns:
                 for row, id in zip(rows, column):
                     row.accept(id)
             unread.clear()
             if all(row.done for row in rows):
                 return
-        logits = decoder.step(token)
+        # -1, of NaN, is seen when the tokens are read.
+        logits = decoder.step(token if look == 1 else token.clamp_min(0))
 
 
 class _Together:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,32 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
         c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     return c0, c1, c2, c3
+
+
+_FACTORS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_ROUNDS = np.arange(10, dtype=np.uint32)[:, None] * np.array([0x9E3779B9, 0xBB67AE85], np.uint32)  # added to the key
+
+
+def philox_words(seed: int, c0: np.ndarray, c1: np.ndarray | int, c2: int, c3: np.ndarray | int) -> np.ndarray:
+    """The same for a seed and counters that the host knows: uint32 [4, *shape of c0]; the others are broadcast to it.
+
+    In a tenth of the calls: a round is a product and two exclusive ors over both halves, and no half is cut out of a product.
+    """
+    halves = (2, *c0.shape, 2)
+    even, odd = np.empty(halves[:-1], np.uint32), np.empty(halves[:-1], np.uint32)
+    even[0], even[1], odd[0], odd[1] = c0, c2 & 0xFFFFFFFF, c1, c3 & 0xFFFFFFFF
+    each = (2,) + (1,) * c0.ndim
+    factors = _FACTORS.reshape(each)
+    keys = (np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32) + _ROUNDS).reshape(10, *each)
+    products = [np.empty(halves[:-1], np.uint64) for _ in range(2)]  # in turns: half of the last one is still read
+    parts = [(p[::-1, ..., 0], p[::-1, ..., 1]) for p in (p.view("<u4").reshape(halves) for p in products)]
+    for turn, key in enumerate(keys):
+        low, high = parts[turn & 1]
+        np.multiply(even, factors, products[turn & 1])
+        np.bitwise_xor(high, odd, even)
+        np.bitwise_xor(even, key, even)
+        odd = low
+    return np.stack((even, odd), 1).reshape(4, *c0.shape)
 
 
 def seed_tensor(op: str, seed: int | Tensor | None, like: Tensor) -> Tensor:

@@ -2,108 +2,82 @@ import pytest
 import torch
 
 from fastlm.errors import UserError
-from fastlm.generate import SamplingConfig, filter_logits, keep_min_p, keep_top_k, keep_top_p, make_generator, sample
+from fastlm.generate import Draws, SamplingConfig, generate
+from fastlm.models import Transformer, TransformerConfig
+from tests.ops.test_sample import filtered
+
+CPU = torch.device("cpu")
 
 
-def test_filters_keep_what_their_formulas_say():
-    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
-    kept = lambda out: (out > -torch.inf)[0].tolist()  # noqa: E731
-    assert kept(keep_top_k(logits, 2)) == [True, True, False, False]
-    assert kept(keep_top_k(logits, 9)) == [True] * 4
-    assert kept(keep_top_p(logits, 0.5)) == [True, False, False, False]
-    assert kept(keep_top_p(logits, 0.6)) == [True, True, False, False]
-    assert kept(keep_top_p(logits, 1e-12)) == [True, False, False, False]
-    assert kept(keep_min_p(logits, 0.29)) == [True, True, True, False]
-    assert kept(keep_min_p(logits, 1.0)) == [True, False, False, False]
-    assert torch.equal(keep_top_p(logits, 0.6)[:, :2], logits[:, :2])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "top_k": 4}, {"top_p": 0.7}, {"min_p": 0.4}], ids=str)
+def test_tokens_fall_with_their_probabilities(options):
+    """Over rows and steps together."""
+    rows, steps, logits = 2000, 20, torch.tensor([0.3, -1.0, 0.9, 0.1, -0.4, 0.2])
+    expected = filtered(logits, **options)
+    draws = Draws(SamplingConfig(seed=3, **options), steps, CPU)
+    drawn = torch.stack([draws(logits.expand(rows, -1)) for _ in range(steps)])
+    counts = torch.bincount(drawn.flatten(), minlength=6)
+    assert counts[expected == 0].sum() == 0
+    live = expected > 0
+    chi2 = ((counts - rows * steps * expected)[live] ** 2 / (rows * steps * expected[live])).sum()
+    assert chi2 < 20.5  # 99.9% quantile of chi-squared with 5 degrees of freedom
 
 
-def test_order_is_temperature_then_top_k_then_top_p_then_min_p():
-    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    # Of the two that top-k leaves, the first holds 4/7 > 0.5; of all four it would hold 0.4 and the second would stay.
-    out = filter_logits(logits, SamplingConfig(top_k=2, top_p=0.5))
-    assert (out > -torch.inf).tolist() == [[True, False, False, False]]
-    # At temperature 1/2 the shares are 16, 9, 4, 1 of 30.
-    out = filter_logits(logits, SamplingConfig(temperature=0.5, min_p=0.3))
-    assert (out > -torch.inf).tolist() == [[True, True, False, False]]
+def test_greedy_and_seeds():
+    logits = torch.tensor([[0.0, 2.0, 2.0], [5.0, 1.0, 0.0]])
+    assert Draws(SamplingConfig(temperature=0), 1, CPU)(logits).tolist() == [1, 0]
+    flat = torch.zeros(64, 1000)
+
+    def draw(seed, rows=64):
+        draws = Draws(SamplingConfig(seed=seed), 3, CPU)
+        return torch.stack([draws(flat[:rows]) for _ in range(3)])
+
+    one = draw(1)
+    assert torch.equal(one, draw(1)) and not torch.equal(one, draw(2)) and not torch.equal(draw(None), draw(None))
+    assert len(set(map(tuple, one.tolist()))) == 3  # each step has numbers of its own
+    assert torch.equal(one[:, :5], draw(1, 5))  # and each row, whatever rows come behind it
+    assert torch.equal(draw(2**64 - 1), draw(-1))  # torch's seeds are unsigned
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ff": 16}
+    return Transformer(TransformerConfig(**sizes, max_positions=64, **changes)).eval()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_row_draws_what_it_draws_alone_and_ends_with_its_end(fast):
+    options = {"temperature": 0.9, "top_p": 0.95, "seed": 5, "fast": fast}
+    both = generate(model(), [[1, 2, 3], [4]], 30, eos_id=(), **options)
+    assert both[0].tolist() == generate(model(), [[1, 2, 3]], 30, eos_id=(), **options)[0].tolist()
+    new = both[0][3:].tolist()
+    eos = new[9]
+    ended = generate(model(), [[1, 2, 3], [4]], 30, eos_id=eos, **options)
+    assert ended[0].tolist() == [1, 2, 3, *new[: new.index(eos) + 1]]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_nan_in_the_weights_is_said(fast):
+    broken = model()
+    with torch.no_grad():
+        broken.blocks[0].mlp.down.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="logits behind 2 tokens are NaN.*check the model's weights"):
+        generate(broken, [[1, 2]], 5, fast=fast)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"temperature": 0.7},
-        {"top_k": 5},
-        {"top_p": 0.8},
-        {"min_p": 0.1},
-        {"temperature": 1.7, "top_k": 30, "top_p": 0.9, "min_p": 0.05},
-        {"temperature": 0.3, "top_p": 0.3, "min_p": 0.5},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 1e39},
+        {"top_k": 0},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
     ],
-)
-def test_same_as_transformers(options):
-    transformers = pytest.importorskip("transformers")
-    logits = 3 * torch.randn(16, 100)
-    warpers = [
-        transformers.TemperatureLogitsWarper(options.get("temperature", 1.0)),
-        transformers.TopKLogitsWarper(options["top_k"]) if "top_k" in options else None,
-        transformers.TopPLogitsWarper(options["top_p"]) if "top_p" in options else None,
-        transformers.MinPLogitsWarper(options["min_p"]) if "min_p" in options else None,
-    ]
-    expected = logits
-    for warper in filter(None, warpers):
-        expected = warper(None, expected)
-    assert torch.equal(filter_logits(logits, SamplingConfig(**options)), expected)
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "top_k": 4}, {"top_p": 0.7}, {"min_p": 0.4}])
-def test_tokens_fall_with_their_probabilities(options):
-    config, rows = SamplingConfig(**options), 40_000
-    logits = torch.randn(6)
-    expected = filter_logits(logits[None], config).softmax(-1)[0]
-    drawn = sample(logits.expand(rows, -1), config, make_generator(0, "cpu"))
-    counts = torch.bincount(drawn, minlength=6)
-    assert counts[expected == 0].sum() == 0
-    live = expected > 0
-    chi2 = ((counts - rows * expected)[live] ** 2 / (rows * expected[live])).sum()
-    assert chi2 < 20.5  # 99.9% quantile of chi-squared with 5 degrees of freedom
-
-
-@pytest.mark.parametrize("spread, top_p", [(3.0, 0.6), (0.1, 0.6), (3.0, 0.9999)])
-def test_few_candidates_of_a_large_vocabulary(spread, top_p):
-    """The short cut (wide spread: a few tokens hold 60%) and what it leaves alone draw the same tokens as the plain form."""
-    logits, config = spread * torch.randn(4, 5000), SamplingConfig(top_p=top_p, min_p=0.001)
-    allowed = filter_logits(logits, config) > -torch.inf
-    seen = torch.zeros_like(allowed)
-    for seed in range(300):
-        drawn = sample(logits, config, make_generator(seed, "cpu"))
-        seen[torch.arange(4), drawn] = True
-    assert not (seen & ~allowed).any()
-    likely = logits.softmax(-1) > 0.03
-    assert (seen | ~likely | ~allowed).all()
-
-
-def test_top_k_of_sample_is_that_of_the_filter():
-    logits, config = torch.randn(1, 50), SamplingConfig(top_k=3, top_p=0.9)
-    allowed = (filter_logits(logits, config) > -torch.inf)[0].nonzero().flatten()
-    drawn = sample(logits.expand(500, -1), config, make_generator(0, "cpu"))
-    assert set(drawn.tolist()) == set(allowed.tolist())
-
-
-def test_greedy_and_seeds():
-    logits = torch.tensor([[0.0, 2.0, 2.0], [5.0, 1.0, 0.0]])
-    assert sample(logits, SamplingConfig(temperature=0)).tolist() == [1, 0]
-    flat = torch.zeros(64, 1000)
-    draw = lambda seed: sample(flat, SamplingConfig(), make_generator(seed, "cpu"))  # noqa: E731
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-    assert not torch.equal(draw(None), draw(None))
-    # bf16 logits are drawn from in fp32: 1000 equal tokens would otherwise share few values of noise.
-    assert len(set(sample(flat.bfloat16(), SamplingConfig(), make_generator(1, "cpu")).tolist())) > 50
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": -0.1}],
+    ids=str,
 )
 def test_values_out_of_range(options):
     with pytest.raises(UserError, match=next(iter(options))):
