@@ -29,7 +29,7 @@ Tensor empty_beside(const Tensor& x) {
       stable::detail::from(x), stable::detail::from(sizes),
       stable::detail::from(torch::headeronly::IntHeaderOnlyArrayRef(strides.data(), strides.size())),
       stable::detail::from(dtype), stable::detail::from(layout), stable::detail::from(device), stable::detail::from(pinned)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
   return stable::detail::to<Tensor>(stack[0]);
 }
 
