@@ -167,12 +167,16 @@ def _like(p: Tensor, own: Tensor) -> Tensor:
     return DTensor.from_local(own, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
+def on_host(count: Tensor) -> Tensor:
+    """A copy on the host; of one without values there."""
+    return count.detach().clone() if count.is_meta else count.detach().to("cpu", copy=True)
+
+
 def saved(state: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state as a state dict holds it."""
     found = dict(state)
     if isinstance(state.get("step"), Tensor):
-        step = state["step"].detach().clone()
-        found["step"] = step if step.is_meta else step.cpu()
+        found["step"] = on_host(state["step"])
     if _is_divided(state.get("remainder")):
         found["remainder"] = state["remainder"].to(torch.int32)  # neither NCCL nor gloo gathers int16
     return found

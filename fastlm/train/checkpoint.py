@@ -27,6 +27,7 @@ from torch import Tensor
 from fastlm.errors import UserError
 
 FORMAT = 1
+COUNTS = ("skipped",)  # of fastlm.optim's state dicts: not of a parameter
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -55,7 +56,9 @@ def save(
         files = {
             name: {"bytes": (path / name).stat().st_size, "sha256": _sha256(path / name)} for name in (MODEL, OPTIMIZER)
         }
+        counts = {k: int(v) for k, v in optimizer.state_dict().items() if k in COUNTS}
         body = {"format": FORMAT, "step": step, "files": files, "state": state, "random": _random_states()}
+        body |= {"optimizer": counts}
         write_json(path / STATE, {**body, "sha256": _json_sha256(body)})
 
     path = write_folder(folder / f"step-{step:08d}", fill)
@@ -132,7 +135,8 @@ def load(path: str | Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
         if saved[name].shape != tensor.shape:
             shapes = f"{list(saved[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
             raise UserError(f"checkpoint {path} was made with another model: {name} is {shapes}")
-    _load_optimizer_tensors(model, optimizer, load_file(path / OPTIMIZER))  # first: it may refuse
+    counts = content.get("optimizer", {})  # which checkpoints of earlier versions lack
+    _load_optimizer_tensors(model, optimizer, load_file(path / OPTIMIZER), counts)  # first: it may refuse
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
@@ -173,7 +177,7 @@ def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 
 
 def _load_optimizer_tensors(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], counts: dict[str, int]
 ) -> None:
     numbers = {name: number for number, name in enumerate(_optimizer_names(model, optimizer))}
     state: dict[int, dict[str, Tensor]] = {}
@@ -182,7 +186,8 @@ def _load_optimizer_tensors(
         if parameter not in numbers:
             raise UserError(f"the checkpoint has {name}, but the optimizer does not train that parameter")
         state.setdefault(numbers[parameter], {})[key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    own = {k: v for k, v in optimizer.state_dict().items() if k not in COUNTS}
+    optimizer.load_state_dict({**own, **counts, "state": state})
 
 
 def _random_states() -> dict[str, Any]:

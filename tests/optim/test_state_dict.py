@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 
 import pytest
 import torch
@@ -75,6 +76,34 @@ def test_checkpoints_hold_every_mode(name, mode, tmp_path):
     run(params, optimizer, range(2, 4))
     run(other, twin, range(2, 4))
     assert_bits_equal(snapshot(other, twin), snapshot(params, optimizer))
+
+
+def test_the_count_of_skipped_steps_goes_along(tmp_path):
+    """Through torch.save, a checkpoint, torch's own optimizer, and dicts and checkpoints without it."""
+    model = torch.nn.Linear(3, 2)
+    optimizer, theirs = optim.AdamW(model.parameters()), torch.optim.AdamW(model.parameters())
+    for value in (1.0, torch.nan, torch.inf):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        optimizer.step()
+    state = optimizer.state_dict()
+    theirs.load_state_dict(state)
+    for source, count in ((through_a_file(state), 2), (theirs.state_dict(), 0), ({**state, "skipped": 7}, 7)):
+        twin = optim.AdamW(model.parameters())
+        twin.skipped += 5
+        twin.load_state_dict(source)
+        assert twin.skipped.item() == count and twin.skipped.dtype == torch.int64
+    optimizer.skipped += 1
+    assert state["skipped"].item() == 2, "a state dict went on counting"
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    checkpoint.load(path, model, twin)
+    assert twin.skipped.item() == 3
+    checkpoint.load(path, model, theirs)  # theirs has no use for it
+    content = json.loads((path / checkpoint.STATE).read_bytes())
+    del content["optimizer"], content["sha256"]
+    checkpoint.write_json(path / checkpoint.STATE, {**content, "sha256": checkpoint._json_sha256(content)})
+    checkpoint.load(path, model, twin)
+    assert twin.skipped.item() == 0
 
 
 def test_a_checkpoint_of_more_parameters_is_refused(tmp_path):
