@@ -1,10 +1,10 @@
-"""Run by test_interpreter.py with "plain", "repaired" or "quick": prints as JSON what bf16 kernels get wrong in the interpreter,
-and after the repair a digest of everything that kernels of many kinds make of random numbers."""
+"""Run by test_interpreter.py: prints as JSON what bf16 kernels get wrong in the interpreter as it is ("plain"), repaired, and
+then made quick; after the repair also a digest of everything that kernels of many kinds make of random numbers.
+"""
 
 import hashlib
 import json
 import os
-import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -12,18 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-UNTOUCHED = dict(vars(tl)), tl.tensor.__add__, tl.math.exp2
-REPAIRED, QUICK = sys.argv[1] != "plain", sys.argv[1] == "quick"
-if REPAIRED:
-    from fastlm._interpreter import repair_interpreter
-
-    repair_interpreter()
-    repair_interpreter()  # a second call changes nothing
-if QUICK:
-    from tests.quick_interpreter import quicken_interpreter
-
-    quicken_interpreter()
-    quicken_interpreter()  # nor does one of this
+from fastlm._interpreter import repair_interpreter
+from tests.quick_interpreter import quicken_interpreter
 
 
 @triton.jit
@@ -113,23 +103,34 @@ def wrong(got, want):
     return int(((got.view(torch.int16) != want.view(torch.int16)) & ~(got.isnan() & want.isnan())).sum())
 
 
-torch.manual_seed(0)
-found = {}
-for dtype in (torch.bfloat16, torch.float16, torch.float32):
-    a, b = torch.randn(2, 16, 16).to(dtype)
-    acc, c = torch.randn(16, 16), torch.empty(16, 16)
-    _dot_kernel[(1,)](a, b, c, acc, BLOCK=16)
-    found[f"dot {dtype}"] = (c - (a.float() @ b.float() + acc)).abs().max().item()
-a, b = torch.randn(2, 64).bfloat16()
-b[0], a[1], a[2] = float("nan"), float("inf"), 3.3e38
-out = torch.empty(10, 64, dtype=torch.bfloat16)
-_arithmetic_kernel[(1,)](a, b, out, 64, BLOCK=64)
-want = [a + b, a * b, a - b, torch.where(a > b, a, b), -a, a / b, a, a * b, torch.maximum(a, -a), a.abs()]
-names = ["add", "multiply", "subtract", "compare", "negate", "divide", "round trip", "cast", "maximum", "abs"]
-found |= {name: wrong(got, expected) for name, got, expected in zip(names, out, want)}
-if REPAIRED:  # without the repair these stop with an AttributeError
-    _constant_kernel[(1,)](a, out, 64, BLOCK=64)
-    found |= {"scale": wrong(out[0], a * 1.5), "constant": wrong(out[1], torch.full_like(a, -0.3))}
-    found["digest"] = digest()
-assert (dict(vars(tl)), tl.tensor.__add__, tl.math.exp2) == UNTOUCHED, "a launch left something replaced"
+def errors(repaired):
+    """What each kernel gets wrong, by name."""
+    torch.manual_seed(0)
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        a, b = torch.randn(2, 16, 16).to(dtype)
+        acc, c = torch.randn(16, 16), torch.empty(16, 16)
+        _dot_kernel[(1,)](a, b, c, acc, BLOCK=16)
+        found[f"dot {dtype}"] = (c - (a.float() @ b.float() + acc)).abs().max().item()
+    a, b = torch.randn(2, 64).bfloat16()
+    b[0], a[1], a[2] = float("nan"), float("inf"), 3.3e38
+    out = torch.empty(10, 64, dtype=torch.bfloat16)
+    _arithmetic_kernel[(1,)](a, b, out, 64, BLOCK=64)
+    want = [a + b, a * b, a - b, torch.where(a > b, a, b), -a, a / b, a, a * b, torch.maximum(a, -a), a.abs()]
+    names = ["add", "multiply", "subtract", "compare", "negate", "divide", "round trip", "cast", "maximum", "abs"]
+    found |= {name: wrong(got, expected) for name, got, expected in zip(names, out, want)}
+    if repaired:  # without the repair these stop with an AttributeError
+        _constant_kernel[(1,)](a, out, 64, BLOCK=64)
+        found |= {"scale": wrong(out[0], a * 1.5), "constant": wrong(out[1], torch.full_like(a, -0.3))}
+        found["digest"] = digest()
+    return found
+
+
+untouched = dict(vars(tl)), tl.tensor.__add__, tl.math.exp2
+found = {"plain": errors(False)}
+for kind, change in (("repaired", repair_interpreter), ("quick", quicken_interpreter)):
+    change()
+    change()  # a second time changes nothing
+    found[kind] = errors(True)
+assert (dict(vars(tl)), tl.tensor.__add__, tl.math.exp2) == untouched, "a launch left something replaced"
 print(json.dumps(found))

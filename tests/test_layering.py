@@ -211,16 +211,16 @@ assert "triton" not in sys.modules
 
 
 def test_import_is_light():
-    times = []
-    for _ in range(3):
+    for _ in range(3):  # a busy machine may be slow once, not three times
         out = run(
             "import sys, time, torch\nbefore = set(sys.modules)\nstart = time.perf_counter()\nimport fastlm\n"
             "print(time.perf_counter() - start)\nprint(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
         )
         seconds, new = out.splitlines()
-        times.append(float(seconds))
         assert not set(new.split()) & {*HEAVY, "typer", "numpy"}, new
-    assert min(times) < 0.3
+        if float(seconds) < 0.3:
+            return
+    raise AssertionError(f"import fastlm takes {seconds} s after torch")
 
 
 def public_ops() -> dict:
