@@ -160,14 +160,24 @@ def unique_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _optimizer_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The names of the optimizer's parameters in the order in which its state dict numbers them."""
+def optimizer_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the optimizer's parameters in the order in which its state dict numbers them.
+
+    Raises UserError for one that is not the model's.
+    """
     names = {p: name for name, p in model.named_parameters()}
-    return [names[p] for group in optimizer.param_groups for p in group["params"]]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in held:
+        if p not in names:
+            raise UserError(
+                f"train: the optimizer holds a parameter {list(p.shape)} that {type(model).__name__} does not have; make the "
+                "optimizer from model.parameters(), after every change of its modules"
+            )
+    return [names[p] for p in held]
 
 
 def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = _optimizer_names(model, optimizer)
+    names = optimizer_names(model, optimizer)
     return {
         f"{names[number]}.{key}": value
         for number, state in optimizer.state_dict()["state"].items()
@@ -179,7 +189,7 @@ def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 def _load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], counts: dict[str, int]
 ) -> None:
-    numbers = {name: number for number, name in enumerate(_optimizer_names(model, optimizer))}
+    numbers = {name: number for number, name in enumerate(optimizer_names(model, optimizer))}
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, key = name.rsplit(".", 1)

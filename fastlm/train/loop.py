@@ -91,15 +91,17 @@ def train(
             with state_dict() and load_state_dict() for resuming.
         validation_loader: the same; it is put back to its first batch before each evaluation. None: no evaluation.
         loss_function: (model, batch on the device) -> 0-d sum of the loss over the batch's live tokens.
-        optimizer: anything with step(grad_scale=) and tensors as state. Each group's lr is its peak, which follows the
-            schedule as config.lr would (min_lr / lr is the share at the end). Default: the one that config names.
+        optimizer: anything with step(grad_scale=) and tensors as state, over parameters of the model or a part of them, whose
+            gradients alone are clipped and looked at then. Each group's lr is its peak, which follows the schedule as config.lr
+            would (min_lr / lr is the share at the end). Default: the one that config names.
         tokenizer: with `save(folder)`: written beside the weights in model/ and best/.
 
     Returns:
         TrainResult.
 
     Raises:
-        UserError: nothing to resume, a run already in the out folder, a damaged or foreign checkpoint, a full disk.
+        UserError: nothing to resume, a run already in the out folder, a damaged or foreign checkpoint, a full disk, an
+        optimizer that holds what is no parameter of the model.
         NonFiniteError: see above; names the step and the sequences.
         TrainingInterrupted: SIGINT or SIGTERM, after the step was finished and a checkpoint saved.
     """
@@ -155,6 +157,7 @@ class _Run:
             if not hasattr(self.model, "activation_checkpointing"):
                 raise UserError(f"train: activation_checkpointing is not something {type(self.model).__name__} can do")
             self.model.activation_checkpointing = True
+        checkpoint.optimizer_names(self.model, self.optimizer)  # raises, and now rather than at the first checkpoint
         if config.compile:
             self.loss_function = torch.compile(self.loss_function)
         if self.own_optimizer and (unused := setup.unused_settings(config)):
@@ -232,7 +235,7 @@ class _Run:
             loss = self._loss(batch) / max(live, 1)
             loss.backward()
             losses.append(loss.detach())
-        norm = global_norm(p.grad for p in self.model.parameters())
+        norm = global_norm(p.grad for p in self._trained())
         # The one wait for the device: the weights may change only once these are known to be finite.
         *losses, grad_norm = torch.stack([x.to(self.device, torch.float64) for x in (*losses, norm)]).tolist()
         if not (all(map(math.isfinite, losses)) and math.isfinite(grad_norm)):
@@ -240,6 +243,7 @@ class _Run:
         too_long = 0 < config.clip < grad_norm  # else no coefficient: multiplying by 1 costs a pass on the CPU
         self.optimizer.step(grad_scale=clip_coefficient(norm, config.clip) if too_long else None)
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # what the optimizer does not hold would grow for ever
 
         tokens = sum(batch.tokens.numel() for batch in batches)
         at.step, at.tokens = at.step + 1, at.tokens + tokens
@@ -252,6 +256,10 @@ class _Run:
         if at.step % config.log_every == 0:
             self._log(sum(losses), lr, grad_norm)
         return True
+
+    def _trained(self) -> list[Tensor]:
+        """The parameters that the optimizer steps: a caller's may hold a part of the model."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _loss(self, batch: Any) -> Tensor:
         """The summed loss of one batch, under the precision's autocast."""
@@ -266,7 +274,9 @@ class _Run:
         what = f"sequences {shown}" if samples else "a batch whose loader gives no ids"
         if samples and hasattr(self.train_loader, "describe"):
             what += f"; {self.train_loader.describe(samples[0])}"
-        first = (n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+        trained = set(self._trained())
+        named = ((n, p.grad) for n, p in self.model.named_parameters() if p in trained and p.grad is not None)
+        first = (n for n, grad in named if not grad.isfinite().all())
         where = next((f"; first non-finite gradient: {name}" for name in first), "")
         step, loss = self.at.step + 1, sum(losses)
         record = {

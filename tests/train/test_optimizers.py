@@ -121,6 +121,28 @@ def test_a_callers_optimizer_keeps_its_groups_rates(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
 
 
+def test_what_a_callers_optimizer_does_not_hold_is_not_clipped_by(tmp_path):
+    def run(out, frozen):
+        model = make_model(dropout=0.0)
+        model.norm.bias.register_hook(lambda g: g * torch.inf)  # nobody steps it: nobody minds
+        for name, p in model.named_parameters():
+            p.requires_grad_(not frozen or name.startswith("down"))
+        optimizer = optim.AdamW(model.down.parameters(), 0.01)
+        train(model, settings(tmp_path / out, steps=3, clip=0.01, evaluate_every=0), TinyLoader(), optimizer=optimizer)
+        assert all(p.grad is None for p in model.parameters())
+        return model, [r["grad_norm"] for r in read_metrics(tmp_path / out / "metrics.jsonl")]
+
+    (part, norms), (alone, expected) = run("part", False), run("alone", True)
+    assert norms == expected and min(norms) > 0.01
+    assert all(torch.equal(a, b) for a, b in zip(part.parameters(), alone.parameters()))
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path):
+    optimizer = optim.AdamW(make_model().parameters())
+    with pytest.raises(UserError, match=r"the optimizer holds a parameter \[31, 16\] that TinyModel does not have"):
+        train(make_model(), settings(tmp_path, steps=1), TinyLoader(), optimizer=optimizer)
+
+
 def test_another_optimizer_does_not_resume(tmp_path):
     train(make_model(), settings(tmp_path, steps=2, evaluate_every=0, optimizer="lion"), TinyLoader())
     model = make_model(seed=1)
