@@ -53,7 +53,7 @@ struct Attention {
   static constexpr int kSharedBytes = 2 * (GROUPS * kQueries + 2 * kStages * kTile);
 };
 
-// Barriers of a block. full: the copy has come; empty: every warpgroup is done with it.
+// Barriers of a block. full: the copy has come; empty: every warp is done with keys and values, every warpgroup with its queries.
 struct Barriers {
   Shared<Mbarrier> q_full, q_empty, k_full, k_empty, v_full, v_empty;
 };
@@ -142,8 +142,8 @@ DEVICE void consume(const TensorMap& o_map, const Problem& p, const Barriers& b,
     for (int i = 0; i < KEYS; i += 16) wgmma(o, probabilities + i / 4, v_matrix.at(i, 0));
     wgmma_commit();
   };
-  const auto release = [&](Shared<Mbarrier> empty, int n) {
-    if (t == 0) mbarrier_arrive(empty + n % kStages);
+  const auto release = [&](Shared<Mbarrier> empty, int n) {  // one thread of each warp: a wait speaks for its own warp alone
+    if (t % 32 == 0) mbarrier_arrive(empty + n % kStages);
   };
   const auto wait_for_keys = [&](int n) { mbarrier_wait(b.k_full + n % kStages, n / kStages % 2); };
   const auto round = [&] {
@@ -206,7 +206,8 @@ DEVICE void consume(const TensorMap& o_map, const Problem& p, const Barriers& b,
       ++n;
     }
 
-    // The output takes the place of this warpgroup's queries, and a copy from there.
+    // The output takes the place of this warpgroup's queries, when the products of all its warps are over, and a copy from there.
+    named_barrier(kStore + group, 128);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       total[e] += shuffle_xor(total[e], 1);
@@ -253,8 +254,8 @@ attention_fwd_kernel(GRID_CONSTANT(TensorMap) q_map, GRID_CONSTANT(TensorMap) k_
       for (int i = 0; i < kStages; ++i) {
         mbarrier_init(b.k_full + i, 1);
         mbarrier_init(b.v_full + i, 1);
-        mbarrier_init(b.k_empty + i, GROUPS);
-        mbarrier_init(b.v_empty + i, GROUPS);
+        mbarrier_init(b.k_empty + i, 4 * GROUPS);
+        mbarrier_init(b.v_empty + i, 4 * GROUPS);
       }
       fence_mbarrier_init();
     }

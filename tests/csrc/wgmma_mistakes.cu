@@ -5,7 +5,8 @@ using namespace device;
 
 enum Mistake {
   kNone, kNoRegisterFence, kWrittenAfterFence, kNoWait, kWaitTooShort, kNoCommit, kNoProxyFence, kNoBarrier, kUnwritten,
-  kWrongSwizzle, kWrongMajor, kOverwritten, kFragmentWritten, kReadEarly, kNotNamed, kThreeWarps, kOtherOperand, kInsidePattern
+  kWrongSwizzle, kWrongMajor, kOverwritten, kFragmentWritten, kReadEarly, kNotNamed, kThreeWarps, kOtherOperand, kInsidePattern,
+  kOwnWaitAlone
 };
 
 // Two groups of products: d = a b^T of 64 x 16, then e = round(d) b.  out [2, 32, 128]: d and e as the threads hold them.
@@ -50,7 +51,8 @@ mistakes_kernel(const bf16* a, const bf16* b, float* out) {
   if constexpr (MISTAKE == kOverwritten) b_tile[64 * (t % 64)] = from_float<bf16>(0.0f);
   if constexpr (MISTAKE == kFragmentWritten) fragments[5] = 0;
   wgmma_wait<0>(e);
-  if constexpr (MISTAKE == kNone) b_tile[64 * (t % 64) + t / 64] = from_float<bf16>(0.0f);  // by now it may be
+  if constexpr (MISTAKE == kNone) block_barrier();  // the waits of all four warps: by now it may be
+  if constexpr (MISTAKE == kNone || MISTAKE == kOwnWaitAlone) b_tile[64 * (t % 64) + t / 64] = from_float<bf16>(0.0f);
   const Global<float> result = out;
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
@@ -81,3 +83,4 @@ MISTAKE(not_named, kNotNamed)
 MISTAKE(three_warps, kThreeWarps)
 MISTAKE(other_operand, kOtherOperand)
 MISTAKE(inside_pattern, kInsidePattern)
+MISTAKE(own_wait_alone, kOwnWaitAlone)

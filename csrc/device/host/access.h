@@ -25,18 +25,19 @@ inline std::string bytes_of(const Region& region, int64_t offset, size_t bytes) 
 [[noreturn]] inline void fail_race(const Region& region, int64_t offset, size_t bytes, Use use, const Access& before,
                                    const char* did, const Where& at) {
   const bool same = before.block() == machine.block->index, agent = before.thread() >= machine.block_threads;
+  const bool of_four = before.thread() >= kOfFour && before.thread() < kInFlight;
   const std::string by = agent ? machine.engine->name(before.block(), before.thread()) : format("thread %d", before.thread());
   fail_with(at, format("race: %s of %s, which %s%s %s at %s; %s", verb(use), bytes_of(region, offset, bytes).c_str(),
                        same ? "" : format("block %lld, ", static_cast<long long>(before.block())).c_str(), by.c_str(), did,
                        place(before.at).c_str(),
                        !same   ? region.shared ? "no cluster barrier lies between"
                                                : "no fence and atomic (device_fence, ticket) lie between"
+                       : of_four ? "this thread does not know that all four warps have waited for it"
                        : agent ? "this thread has not waited for it"
                                : "no barrier lies between"));
 }
 
-// `by` does it, which the running thread has begun.
-
+// `now` is the access: the running thread's, or one of an agent that it begins.
 inline void track(Region& region, int64_t offset, size_t bytes, Use use, const Access& now, const Where& at) {
   const bool atomic = use == Use::atomic || use == Use::atomic_read;
   for (int64_t i = offset; i < offset + static_cast<int64_t>(bytes); ++i) {

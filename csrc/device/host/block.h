@@ -5,6 +5,7 @@
 // who meet the union of what they know. Two accesses race if neither thread knows of the other's.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <functional>
 
@@ -390,10 +391,18 @@ inline void release(const void* address) {
   for (auto [block, fences] : mine.seen) at[block] = std::max(at[block], fences);
 }
 
-// Whether the running thread knows, by a cluster barrier, what another block of its cluster did up to `clock`.
-inline bool ordered_in_cluster(const Block& other, int slot, uint32_t clock) {
+// Whether an access is over by these clocks.
+inline bool covers(const uint32_t* clocks, const Access& access) {
+  const int slot = access.thread();
+  if (slot < kOfFour) return clocks[slot] >= access.clock();
+  const auto behind = [&](uint32_t clock) { return clock < access.clock(); };
+  return std::none_of(clocks + (slot - kOfFour), clocks + (slot - kOfFour) + 4, behind);
+}
+
+// Whether the running thread knows by a cluster barrier that an access of another block of its cluster is over.
+inline bool ordered_in_cluster(const Block& other, const Access& access) {
   const size_t phase = machine.thread->phase;
-  return phase > 0 && machine.block->cluster->phases[phase - 1][other.rank][slot] >= clock;
+  return phase > 0 && covers(machine.block->cluster->phases[phase - 1][other.rank], access);
 }
 
 // The block of the running one's cluster with this index, or null.
@@ -407,15 +416,15 @@ inline Block* in_cluster(int64_t index) {
 inline bool ordered(const Access& before, bool shared) {
   if (before.thread() >= kInFlight) return false;
   if (before.block() == machine.block->index) {
-    return before.thread() == machine.thread->id || machine.thread->known[before.thread()] >= before.clock();
+    return before.thread() == machine.thread->id || covers(machine.thread->known, before);
   }
   const Block* const other = in_cluster(before.block());
-  if (other && ordered_in_cluster(*other, before.thread(), before.clock())) return true;
+  if (other && ordered_in_cluster(*other, before)) return true;
   if (shared) return false;
   const auto& seen = machine.ledgers[machine.block->index].seen;
   const auto found = seen.find(before.block());
   if (found == seen.end() || found->second == 0) return false;
-  return machine.ledgers[before.block()].fences[found->second - 1][before.thread()] >= before.clock();
+  return covers(machine.ledgers[before.block()].fences[found->second - 1].data(), before);
 }
 
 }  // namespace device::host

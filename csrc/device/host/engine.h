@@ -3,8 +3,8 @@
 // What an asynchronous operation is made of, here:
 //
 //   agent       who makes its accesses: a bit like a thread, with a slot and a clock of its own among the block's. An mbarrier
-//               has one for the copies that complete on it (its clock: the phase), a warpgroup one for its products (its clock:
-//               the commit group). make_agent(name) gives the slot.
+//               has one for the copies that complete on it (its clock: the phase), each warp of a warpgroup one for its products
+//               (its clock: the commit group). make_agent(name) gives the slot.
 //   mark        at issue, by the issuing thread: checks bounds, that the bytes were written, that no access is unordered with
 //               this one, that a proxy fence lies behind every thread's write; and leaves the agent's slot and clock there.
 //               Until a thread knows that the agent's clock has passed, its own accesses to these bytes are races: reads of what
@@ -258,6 +258,7 @@ class AsyncEngine final : public Engine {
   std::string name(int64_t block, int slot) override {
     if (slot == kMbarrierMemory) return "an mbarrier that lies there";
     if (slot >= kInFlight) return format("a copy of thread %d", (slot - kInFlight) % 1024);
+    if (slot >= kOfFour) slot -= kOfFour;
     return names[block][slot - machine.block_threads];
   }
 

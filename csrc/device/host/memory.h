@@ -11,8 +11,9 @@
 namespace device::host {
 
 // Whoever accesses memory has a slot in the vector clocks of its block: its threads first, then up to kAgents asynchronous agents
-// (engine.h). What thread t has in flight and will know itself when it waits is marked kInFlight + t, which no clock covers.
-constexpr int kAgents = 128, kInFlight = 4096;
+// (engine.h). What thread t has in flight and will know itself when it waits is marked kInFlight + t, which no clock covers. What
+// four agents do together, whose slots follow each other from s on, is marked kOfFour + s: it is over when that is known of each.
+constexpr int kAgents = 128, kOfFour = 2048, kInFlight = 4096;
 
 // One access, packed: clock 22 bits, slot 13, block + 1 28, atomic 1. key 0 is none.
 struct Access {

@@ -1,7 +1,9 @@
 // wgmma on the host. A product is known when all four warps of a warpgroup have issued it, and is computed then or later
 // (engine.h).
 //
-// Its operands in shared memory are read by the warpgroup's agent from the issue on; what is wrong with that is found by marks.
+// Its operands in shared memory are read by the four warps' agents from the issue on; what is wrong with that is found by marks.
+// A warp's wait says of its own reads alone that they are over (PTX: wgmma.wait_group waits for groups of the executing threads),
+// and each warp may read all of an operand: who writes there must know of the waits of all four.
 // The registers are watched too: from the issue to the wait they hold a pattern, so that whoever reads them too early computes
 // with NaN, whoever writes them is found at the wait, and neither depends on when the product is computed. What they held at the
 // last wgmma_fence is remembered, so that one that is missing is found at the issue.
@@ -84,7 +86,7 @@ struct Issuer {
 };
 
 struct Warpgroup : Chain {
-  int id = 0, slot = 0;
+  int id = 0, slot = 0;  // slot: of the first warp's agent; those of the others follow
   Issuer issuers[128];
   std::deque<Product> products;  // not computed yet
   uint64_t computed = 0;
@@ -116,7 +118,7 @@ inline Warpgroup& my_warpgroup(const Where& at) {
   }
   auto made = std::make_unique<Warpgroup>();
   made->id = id;
-  made->slot = make_agent(format("a product of warpgroup %d", id), at);
+  for (int warp = 0; warp < 4; ++warp) made->slot = make_agent(format("a product of warpgroup %d", id), at) - warp;
   chains.push_back(std::move(made));
   return static_cast<Warpgroup&>(*chains.back());
 }
@@ -139,7 +141,7 @@ inline void mark_operand(const char* name, uint64_t descriptor, Region* region, 
   const bool k_major = major == Major::k;  // eight elements follow each other along K or along M or N
   for (int mn = first; mn < last; mn += k_major ? 1 : 8) {
     for (int k = 0; k < 16; k += k_major ? 8 : 1) {
-      mark(region->begin + matrix_byte(layout, major, mn, k), region, 16, 16, Use::read, slot, clock, at);
+      mark(region->begin + matrix_byte(layout, major, mn, k), region, 16, 16, Use::read, kOfFour + slot, clock, at);
     }
   }
 }
@@ -286,7 +288,7 @@ inline void wgmma_wait_all(const Where& at) {
   const int done = static_cast<int>(issuer.groups.size()) - N;
   if (done <= 0) return;
   wait_for_work(warpgroup, issuer.groups[done - 1], "wgmma_wait", at);
-  learn(warpgroup.slot, done);
+  learn(warpgroup.slot + machine.thread->id % 128 / 32, done);
   for (auto it = issuer.held.begin(); it != issuer.held.end();) {
     auto& [registers, held] = *it;
     if (held.accumulator || held.last > issuer.groups[done - 1]) {
