@@ -13,7 +13,8 @@
 //   wgmma_commit()                  closes the group of products since the last one
 //   wgmma_wait<N>(d, ...)           until all but the last N groups are done. Names the accumulators (up to two) that may be
 //                                   touched from now on, or the compiler would move their use up. Until then neither they nor
-//                                   fragments may be read or written, nor operands in shared memory be written
+//                                   fragments may be read or written. It speaks for its own warp: operands in shared memory may be
+//                                   written when all four have waited, and who writes knows it by a barrier
 //   has_wgmma()                     whether the current GPU has it: for launchers, on the CPU. kWgmma says it of the
 //                                   architecture compiled for: if constexpr (kWgmma) around the body of a kernel template
 //   pack_rounded<T>(low, high)      two floats rounded to T in one register, as fragments hold them
