@@ -11,17 +11,13 @@
 // Masses are integers, exp(s) * 2^40 rounded down: their sum is the same in every order, so that candidates may be collected in
 // any. The draw is the largest of s + Gumbel noise (Gumbel-max): no running sum, and rounding moves it only between near ties.
 
-#include "device/cluster.h"
-#include "device/device.h"
 #include "sample.h"
+#include "sample_row.h"
+#include "sample_search.h"
 
 namespace {
 
-using namespace device;
-
-constexpr int kMostThreads = 512, kMostWarps = kMostThreads / 32;
-constexpr int kHeld = 2048;       // candidates that shared memory holds
-constexpr int kAhead = 4;         // vectors that a thread has in flight
+constexpr int kHeld = 2048;  // candidates that shared memory holds
 constexpr int kBlocksOfGpu = 132;
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 constexpr int kMostColumns = (1 << 24) - 1;
@@ -30,172 +26,11 @@ constexpr float kLargest = 3.4028235e38f;
 constexpr float kMostNoise = 23.0f;  // the smallest exponential variate is 2^-33
 constexpr float kSmallest = 1.4012985e-45f;
 constexpr uint64_t kNothing = 0;  // less than every packed key
-constexpr uint32_t kNan = 0xffffffffu, kMinusInfinity = 0x007fffffu;  // keys
 constexpr uint32_t kStream = 0x73616d70u;  // third word of the counter: other numbers than dropout's
-
-// Ordered as the numbers are, NaN above all, one key for both zeros.
-DEVICE uint32_t key_of(float x) {
-  if (x != x) return kNan;
-  const uint32_t bits = float_bits(x + 0.0f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-DEVICE float value_of(uint32_t key) { return bits_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
 
 // A key and an index in one number: of equal keys the first index is the largest.
 DEVICE uint64_t pack(uint32_t key, int index) { return static_cast<uint64_t>(key) << 32 | ~static_cast<uint32_t>(index); }
 DEVICE int index_of(uint64_t packed) { return static_cast<int>(~static_cast<uint32_t>(packed)); }
-
-// A row, or the part of it that a block of a cluster reads.
-template <class T>
-struct Row {
-  Global<const T> x;
-  int columns;
-  int shift;        // elements from a multiple of 16 bytes to the first one
-  int first, step;  // where this thread begins, and how far it is to its next vector
-
-  DEVICE float operator[](int i) const { return to_float(load_vector<1>(x + i)[0]); }
-};
-
-template <class T>
-constexpr int kLowestBit = sizeof(T) == 4 ? 0 : std::is_same_v<T, bf16> ? 16 : 12;  // of a key that says something; even
-
-// A vector of kVector<T> elements as words, in and out of which they are shifted: as elements the compiler moves those of 16 bits
-// one by one, and waits for one vector before it asks for the next.
-using Words = Vector<uint32_t, 4>;
-
-template <class T>
-DEVICE void put(Words& words, int i, T x) {
-  std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t> bits;
-  memcpy(&bits, &x, sizeof(T));
-  words[i * sizeof(T) / 4] |= static_cast<uint32_t>(bits) << i * sizeof(T) % 4 * 8;
-}
-
-template <class T>
-DEVICE float value_at(const Words& words, int i) {
-  const auto bits = static_cast<std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>(words[i * sizeof(T) / 4] >>
-                                                                                       i * sizeof(T) % 4 * 8);
-  T x;
-  memcpy(&x, &bits, sizeof(T));
-  return to_float(x);
-}
-
-// Elements shift to shift + kVector<T> of two vectors.
-template <class T>
-DEVICE Words realigned(const Words& low, const Words& high, int shift) {
-  uint32_t w[8];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = low[i], w[i + 4] = high[i];
-  const int word = 4 / sizeof(T);  // elements of one
-#pragma unroll
-  for (int i = 0; i < 6; ++i) w[i] = shift & 2 * word ? w[i + 2] : w[i];
-#pragma unroll
-  for (int i = 0; i < 5; ++i) w[i] = shift & word ? w[i + 1] : w[i];
-  Words v;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[i] = sizeof(T) == 4 ? w[i] : static_cast<uint32_t>((uint64_t{w[i + 1]} << 32 | w[i]) >> (16 * (shift & 1)));
-  }
-  return v;
-}
-
-// f(first, values) for each of this thread's groups of kVector<T> neighbours; past the end they are -inf. Rows that do not begin
-// at 16 bytes (those of an odd vocabulary) are read in vectors too, two for each. What would reach beyond the row is read element
-// by element; that is in a loop, as it is seldom and would else be most of the kernel.
-template <class T, class F>
-DEVICE void over_row(const Row<T>& row, F f, Where at = Where::current()) {
-  constexpr int VEC = kVector<T>;
-  const int reach = row.shift == 0 ? VEC : 2 * VEC - row.shift;
-  const auto inside = [&](int begin) { return begin >= row.shift && begin + reach <= row.columns; };
-  for (int first = row.first; first < row.columns; first += kAhead * row.step) {
-    Words read[kAhead] = {}, next[kAhead] = {};
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const int begin = first + k * row.step;
-      if (inside(begin)) {
-        const Global<const uint32_t> from = pointer_cast<const uint32_t>(row.x + begin - row.shift);
-        read[k] = load_vector<4>(from, at);
-        if (row.shift != 0) next[k] = load_vector<4>(from + 4, at);
-      }
-    }
-    if (row.shift != 0) {
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) read[k] = realigned<T>(read[k], next[k], row.shift);
-    }
-    if (!inside(first) || !inside(first + (kAhead - 1) * row.step)) {
-#pragma unroll 1
-      for (int k = 0; k < kAhead; ++k) {
-        const int begin = first + k * row.step;
-        if (inside(begin) || begin >= row.columns) continue;
-        Words edge = {};
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-          T element = from_float<T>(-INFINITY);
-          if (begin + i < row.columns) element = load_vector<1>(row.x + begin + i, at)[0];
-          put(edge, i, element);
-        }
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-          if (j == k) read[j] = edge;
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      float values[VEC];
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) values[i] = value_at<T>(read[k], i);
-      if (first + k * row.step < row.columns) f(first + k * row.step, values);
-    }
-  }
-}
-
-// f over the blocks of a row, in every thread of them. A cluster's barrier waits for memory, a block's does not.
-template <class T, class F>
-DEVICE T row_reduce(T v, F f, T identity, Where at = Where::current()) {
-  if (cluster_blocks() == 1) return block_reduce(v, f, identity, at);
-  return cluster_reduce(v, f, identity, false, at);
-}
-
-// Three sums over the block, in every thread.
-DEVICE void block_sums(uint64_t (&sums)[3], Where at = Where::current()) {
-  SHARED_ARRAY(uint64_t, partial, 3 * kMostWarps);
-  block_barrier(at);  // a call before this one may still be read from
-#pragma unroll
-  for (int c = 0; c < 3; ++c) {
-    sums[c] = warp_sum(sums[c], at);
-    if (lane_id() == 0) partial[c * kMostWarps + warp_id()] = sums[c];
-  }
-  block_barrier(at);
-#pragma unroll
-  for (int c = 0; c < 3; ++c) {
-    sums[c] = 0;
-    if (lane_id() % kMostWarps < block_warps()) sums[c] = partial[c * kMostWarps + lane_id() % kMostWarps];
-    sums[c] = warp_sum<kMostWarps>(sums[c], at);
-  }
-}
-
-// The largest key at and above which `target` lies, as far as bits from `lowest` on tell: it is in [low, high], or all together
-// do not reach the target; then one not above `low`. each(f) calls f(key, amount) for every key of this thread.
-template <class Each>
-DEVICE uint32_t search(uint32_t low, uint32_t high, int lowest, uint64_t target, Each each, Where at = Where::current()) {
-  int bit = 32;
-  while (bit > lowest && (low ^ high) >> (bit - 2) == 0) bit -= 2;
-  uint32_t found = bit == 32 ? 0 : high >> bit << bit;
-#pragma unroll 1
-  while (bit > lowest) {
-    bit -= 2;
-    uint64_t above[3] = {0, 0, 0};
-    each([&](uint32_t key, uint64_t amount) {
-      const uint32_t digit = key < found ? 0 : (key - found) >> bit;
-#pragma unroll
-      for (uint32_t c = 0; c < 3; ++c) above[c] += digit > c ? amount : 0;
-    });
-    block_sums(above, at);
-    found += static_cast<uint32_t>((above[0] >= target) + (above[1] >= target) + (above[2] >= target)) << bit;
-  }
-  return found;
-}
 
 template <class V>
 DEVICE V setting(const V* each, V all, int row, Where at = Where::current()) {
@@ -233,6 +68,55 @@ struct Rule {
   }
   DEVICE bool keeps(uint32_t key, float s) const { return key >= threshold && s >= floor; }
 };
+
+// The best of this thread's tokens that the rule keeps, packed: its logit and noise, and the token. Of the candidates held:
+DEVICE void draw_held(const Rule& rule, Shared<uint32_t> keys, Shared<int> tokens, int held, uint64_t& best) {
+  for (int i = thread_id(); i < held; i += block_threads()) {
+    const uint32_t at = keys[i];
+    const int id = tokens[i];
+    const float s = tempered(value_of(at), rule.top, rule.inverse);
+    if (!rule.keeps(at, s)) continue;
+    best = maximum(best, pack(key_of(s + gumbel(uniform(word_of(rule.words(id / 4), id)))), id));
+  }
+}
+
+// And of this thread's part of a row:
+template <class T>
+DEVICE void draw_row(const Rule& rule, const Row<T>& row, int first_of_thread, int step, uint64_t& best) {
+  constexpr int VEC = kVector<T>;
+  float leads = -kLargest;  // the best of this thread so far
+  const Row<T> part{row.x, row.columns, row.shift, first_of_thread, step};
+  over_row(part, [&](int first, const float(&v)[VEC]) {
+#pragma unroll
+    for (int g = 0; g < VEC; g += 4) {
+      float s[4];
+      bool any = false;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[i] = tempered(v[g + i], rule.top, rule.inverse);
+        if (!rule.keeps(key_of(v[g + i]), s[i])) s[i] = -INFINITY;
+        any |= s[i] + kMostNoise > leads;
+      }
+      if (!any) continue;
+      const RandomWords words = rule.words((first + g) / 4);
+      uint32_t lead = 0;  // those that may
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // s + gumbel > leads asks that -log(1 - u), which is above u, be below exp(s - leads): two logarithms are seldom
+        // needed.
+        const float u = uniform(words.word[i]);
+        if (s[i] > -INFINITY && u <= fast_exp2((s[i] - leads) * kLog2e) * 1.001f) lead |= 1u << i;
+      }
+#pragma unroll 1
+      for (int i = 0; lead >> i != 0; ++i) {
+        if (!(lead >> i & 1)) continue;
+        const float score = tempered(row[first + g + i], rule.top, rule.inverse) + gumbel(uniform(word_of(words, i)));
+        leads = maximum(leads, score);
+        best = maximum(best, pack(key_of(score), first + g + i));
+      }
+    }
+  });
+}
 
 template <class T>
 KERNEL(kMostThreads, 1)
@@ -354,46 +238,9 @@ sample_kernel(const fastlm_sample a) {
     rule.seed = static_cast<uint64_t>(key), rule.offset = static_cast<uint32_t>(offset);
     best = 0;
     if (held > 0) {
-      for (int i = thread_id(); i < held; i += threads) {
-        const uint32_t at = keys[i];
-        const int id = tokens[i];
-        const float s = tempered(value_of(at), top, rule.inverse);
-        if (!rule.keeps(at, s)) continue;
-        best = maximum(best, pack(key_of(s + gumbel(uniform(word_of(rule.words(id / 4), id)))), id));
-      }
+      draw_held(rule, keys, tokens, held, best);
     } else if (!searches || rank == 0) {
-      float leads = -kLargest;  // the best of this thread so far
-      const Row<T> part{x, columns, shift, searches ? whole.first : row.first, searches ? whole.step : row.step};
-      over_row(part, [&](int first, const float(&v)[VEC]) {
-#pragma unroll
-        for (int g = 0; g < VEC; g += 4) {
-          float s[4];
-          bool any = false;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            s[i] = tempered(v[g + i], top, rule.inverse);
-            if (!rule.keeps(key_of(v[g + i]), s[i])) s[i] = -INFINITY;
-            any |= s[i] + kMostNoise > leads;
-          }
-          if (!any) continue;
-          const RandomWords words = rule.words((first + g) / 4);
-          uint32_t lead = 0;  // those that may
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            // s + gumbel > leads asks that -log(1 - u), which is above u, be below exp(s - leads): two logarithms are seldom
-            // needed.
-            const float u = uniform(words.word[i]);
-            if (s[i] > -INFINITY && u <= fast_exp2((s[i] - leads) * kLog2e) * 1.001f) lead |= 1u << i;
-          }
-#pragma unroll 1
-          for (int i = 0; lead >> i != 0; ++i) {
-            if (!(lead >> i & 1)) continue;
-            const float score = tempered(row[first + g + i], top, rule.inverse) + gumbel(uniform(word_of(words, i)));
-            leads = maximum(leads, score);
-            best = maximum(best, pack(key_of(score), first + g + i));
-          }
-        }
-      });
+      draw_row(rule, row, searches ? whole.first : row.first, searches ? whole.step : row.step, best);
     }
     token = index_of(searches ? block_reduce(best, Max(), kNothing) : row_reduce(best, Max(), kNothing));
   }

@@ -200,7 +200,7 @@ def with_bug(tmp_path_factory):
     assert changed == 1
     (folder / "one.cu").write_text(text, encoding="utf-8")
     (folder / "all").mkdir()
-    return planted(str(folder / "one.cu"), BUGS, folder / "all")
+    return planted(str(folder / "one.cu"), BUGS, folder / "all", ["adamw_lists.h"])
 
 
 def check_all(lib):

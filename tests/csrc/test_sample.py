@@ -234,7 +234,7 @@ BUGS = {
 @pytest.fixture(scope="module")
 def with_bug(tmp_path_factory):
     bugs = {name: (old, new) for name, (old, new, _) in BUGS.items()}
-    return planted("csrc/sample.cu", bugs, tmp_path_factory.mktemp("planted"))
+    return planted("csrc/sample.cu", bugs, tmp_path_factory.mktemp("planted"), ["sample_row.h", "sample_search.h"])
 
 
 @pytest.mark.parametrize("name", BUGS)
