@@ -103,10 +103,20 @@ int make_tensor_map(TensorMap& map, const T* base, std::initializer_list<int64_t
   }
   const CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B,
                                          CU_TENSOR_MAP_SWIZZLE_128B};
-  return static_cast<int>(encode(&map, kTensorMapType<T>, static_cast<cuuint32_t>(rank),
-                                 const_cast<std::remove_const_t<T>*>(base), size, stride, boxes, ones,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(swizzle)],
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  const auto make = [&] {
+    return encode(&map, kTensorMapType<T>, static_cast<cuuint32_t>(rank), const_cast<std::remove_const_t<T>*>(base), size, stride,
+                  boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(swizzle)],
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult made = make();
+  if (made == CUDA_ERROR_INVALID_CONTEXT) {  // a thread that has called nothing of the runtime yet, such as one of autograd's
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaSetDevice(device);  // binds the device's context, also while a graph is captured
+    if (error != cudaSuccess) return static_cast<int>(error);
+    made = make();
+  }
+  return static_cast<int>(made);
 }
 
 DEVICE void prefetch_tensor_map(const TensorMap& map, Where = {}) {

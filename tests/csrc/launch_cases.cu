@@ -1,5 +1,6 @@
-// Launches of csrc/device/cuda.h, against functions of the CUDA runtime that keep its rules for shared memory without a GPU: what
-// was asked for is one number of each kernel and device. The program returns the number of the first check that fails, or 0.
+// Launches of csrc/device/cuda.h and tensor maps of cuda_async.h, against functions of the CUDA runtime that keep its rules without a
+// GPU: what was asked for of shared memory is one number of each kernel and device; a thread has no context until it has set its
+// device. The program returns the number of the first check that fails, or 0.
 
 #include <cstdio>
 #include <functional>
@@ -8,6 +9,7 @@
 #include <thread>
 #include <utility>
 
+#include "device/async.h"
 #include "device/cluster.h"
 #include "device/device.h"
 
@@ -24,6 +26,22 @@ std::mutex guard;
 std::map<std::pair<const void*, int>, int> allowed, times;
 thread_local int current = 0;
 std::function<void()> meanwhile;  // done once, between a launch's asking and its start
+thread_local int bound = -1, encoded = 0;  // the device whose context this thread has, and how often it asked for a tensor map
+cudaError_t when_set = cudaSuccess;
+
+#ifndef __CUDA_ARCH__
+CUresult encode(CUtensorMap*, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
+                const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  ++encoded;
+  if (bound < 0) return CUDA_ERROR_INVALID_CONTEXT;
+  const bool right = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 && rank == 3 && base != nullptr && sizes[0] == 128 && sizes[1] == 3 &&
+                     sizes[2] == 50 && strides[0] == 256 && strides[1] == 768 && box[0] == 64 && box[1] == 1 && box[2] == 32 &&
+                     steps[0] == 1 && steps[1] == 1 && steps[2] == 1 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
+                     swizzle == CU_TENSOR_MAP_SWIZZLE_128B && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+  return right ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+#endif
 
 }  // namespace
 
@@ -32,6 +50,18 @@ extern "C" {
 
 cudaError_t cudaGetDevice(int* device) {
   *device = current;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  if (when_set == cudaSuccess) bound = current = device;
+  return when_set;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** found, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  *found = reinterpret_cast<void*>(&encode);
+  *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
 
@@ -82,6 +112,12 @@ int while_another_thread_starts_little(const Start& start) {
   return start();
 }
 
+int tensor_map(int rows = 50) {
+  static bf16 memory[128];
+  TensorMap map;
+  return make_tensor_map<bf16>(map, memory, {128, 3, rows}, {128, 384}, {64, 1, 32}, Swizzle::b128);
+}
+
 int asked(void (*kernel)(int*), int device) { return times[{reinterpret_cast<const void*>(kernel), device}]; }
 
 }  // namespace
@@ -112,5 +148,13 @@ int main() {
   CHECK(launch(first, Dim{1}, 32, 100 << 10, nullptr, nullptr) == cudaErrorInvalidValue);
   current = 0;
   CHECK(launch(first, Dim{1}, 32, 200 << 10, nullptr, nullptr) == 0 && asked(first, 0) == 1);
+
+  // A thread without a context gets that of its device, once. Other errors are given back.
+  current = 1;
+  CHECK(tensor_map() == 0 && bound == 1 && encoded == 2);
+  CHECK(tensor_map() == 0 && encoded == 3);
+  CHECK(tensor_map(51) == CUDA_ERROR_INVALID_VALUE && encoded == 4);
+  bound = -1, when_set = cudaErrorDevicesUnavailable;
+  CHECK(tensor_map() == cudaErrorDevicesUnavailable && encoded == 5);
   return 0;
 }

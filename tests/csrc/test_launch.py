@@ -1,4 +1,5 @@
-"""Launches of csrc/device/cuda.h from several threads and on several devices, with the CUDA runtime's part played on the CPU."""
+"""Launches of csrc/device/cuda.h from several threads and on several devices, and tensor maps of cuda_async.h on a thread without a
+context, with the CUDA runtime's part played on the CPU."""
 
 import subprocess
 
@@ -6,7 +7,7 @@ from tests.csrc.host_library import CSRC, needs_nvcc
 
 
 @needs_nvcc
-def test_shared_memory_is_asked_for_once_and_for_all_threads(tmp_path):
+def test_launches_and_tensor_maps(tmp_path):
     program = tmp_path / "launch_cases"
     command = ["nvcc", "-std=c++20", "-arch=sm_90a", "-Xlinker", "--allow-multiple-definition", f"-I{CSRC}"]
     done = subprocess.run(
