@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 BLOCK = 2048  # elements of a program; FASTLM_TABLE_BLOCK in csrc/multi_tensor.h
-# What CUDA graphs read at every replay: the tables, and the pinned host memory their copies start from. It lives as long as the
-# process: nothing says when the last replay was. Some bytes per parameter and 8 per block of it, for each graph.
+# The pinned host memory from which CUDA graphs copy their tables anew at every replay. It lives as long as the process: nothing
+# says when the last replay was. Some bytes per parameter and 8 per block of it, for each graph. The tables themselves lie in the
+# graph's own pool and go with it: as with every tensor made during a capture, what may take their place there comes after their
+# reader.
 _captured: list = []
 # Numbers of formats in csrc: fastlm_dtype (fastlm.h), and the integers of csrc/multi_tensor.h.
 _FORMATS = {
@@ -38,7 +40,7 @@ def _to_device(host, device):
     host = host.pin_memory()  # the copy does not wait for the device
     there = host.to(device, non_blocking=True)
     if torch.cuda.is_current_stream_capturing():
-        _captured.append((host, there))
+        _captured.append(host)
     return there
 
 

@@ -62,7 +62,8 @@ class Muon(FusedOptimizer):
         precision, average_decay, seed, max_norm, skip_nonfinite: see `FusedOptimizer`.
 
     Raises:
-        UserError: a hyperparameter out of range; a parameter that is no matrix and no batch of them.
+        UserError: a hyperparameter out of range; a parameter that is no matrix and no batch of them, or is divided along one
+        dimension by FSDP2 and tensor parallelism both.
     """
 
     MOMENTS = ("momentum_buffer",)
@@ -127,6 +128,8 @@ class Muon(FusedOptimizer):
                     "and embeddings into a group with use_muon=False (see muon_groups), and the weights of convolutions "
                     "into one with flatten=True"
                 )
+            if _is_divided(p) and not _holds_whole_matrices(p, group["flatten"]):
+                _stacked_places(p)
             sections = group["sections"]
             if sections is not None and (group["flatten"] or sum(sections) != p.shape[-2]):
                 raise UserError(
@@ -252,7 +255,11 @@ def _stacked_places(p: Tensor) -> list:
 
     places = [Shard(place.dim + 1) if type(place) is Shard else place for place in p.placements]
     if any(type(place) not in (Shard, Replicate) for place in places):
-        raise UserError(f"Muon: DTensors must be placed by Shard and Replicate, got {p.placements}")
+        raise UserError(
+            f"Muon: a matrix {list(p.shape)} must be placed by Shard and Replicate to be gathered, got {tuple(p.placements)}; "
+            "where FSDP2 and tensor parallelism divide the same dimension, let FSDP2 divide another "
+            "(fully_shard(..., shard_placement_fn=...)) or put it into a group with use_muon=False"
+        )
     return places
 
 

@@ -10,8 +10,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+from fastlm.errors import UserError
 from fastlm.optim import Muon, muon_groups
 
 
@@ -32,6 +34,22 @@ class _Net(torch.nn.Module):
             x = x + layer(x).tanh()
         x = self.down(self.up(x).tanh())
         return self.one(torch.einsum("bsd,edf->bsf", x, self.experts).tanh()).square().mean()
+
+
+def _with_tensor_parallelism() -> None:
+    """What FSDP2 divides along the dimension that is divided already is refused at once, with a remedy that works."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    for remedy in (None, lambda _: Shard(1)):
+        model = parallelize_module(torch.nn.Linear(4, 6, bias=False), mesh["tensor"], ColwiseParallel())
+        fully_shard(model, mesh=mesh["data"], shard_placement_fn=remedy)
+        try:
+            optimizer = Muon(model.parameters())
+        except UserError as error:
+            assert remedy is None and "shard_placement_fn" in str(error) and "_StridedShard" in str(error), error
+            continue
+        assert remedy is not None, [p.placements for p in model.parameters()]
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
 
 
 def main(rank: int, folder: Path) -> None:
@@ -62,6 +80,7 @@ def main(rank: int, folder: Path) -> None:
             )
             buffer = runs[1][1].state[q].get("momentum_buffer")
             assert buffer is None or buffer.to_local().shape == q.to_local().shape, name
+    _with_tensor_parallelism()
     dist.destroy_process_group()
 
 
