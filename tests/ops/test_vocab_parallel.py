@@ -207,8 +207,10 @@ def checks():
 def main(rank: int, folder: Path) -> None:
     """Runs every check on both ranks in the same order and writes what went wrong."""
     from fastlm._interpreter import repair_interpreter
+    from tests.quick_interpreter import quicken_interpreter
 
     repair_interpreter()
+    quicken_interpreter()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     results = {}

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from fastlm import nn, ops, optim
 from fastlm._interpreter import repair_interpreter
 from fastlm.ops import use_backend
+from tests.quick_interpreter import quicken_interpreter
 
 B, S, N = 3, 4, 8  # an odd batch: the two parts are unequal
 
@@ -299,6 +300,7 @@ def checks(mesh) -> dict:
 def main(rank: int, folder: Path) -> None:
     """Runs every check on both ranks in the same order and writes what went wrong."""
     repair_interpreter()
+    quicken_interpreter()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     results = {}
