@@ -1,5 +1,7 @@
 """Builds libfastlm_cuda.so, which holds every CUDA kernel. Needs nvcc and any build of torch, but no GPU.
 
+What CUDA 13 builds needs a driver of CUDA 13 or newer, and so on: the CUDA runtime is linked in. fastlm/ops/_cuda.py checks it.
+
 `FASTLM_CUDA=1 pip install .` and `make wheel` come here through setup.py. By hand: `python csrc/build_library.py [file]`.
 
 Each source becomes one object, several at a time, kept in build/cuda under a name that is a hash of all that goes into it: a

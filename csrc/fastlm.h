@@ -9,7 +9,7 @@
 
 // What the library takes and returns. fastlm/ops/_cuda.py holds the same number and refuses a library with another one: count
 // both up when a function of bindings/ is added, or changes its schema or meaning.
-#define FASTLM_LIBRARY_VERSION 2
+#define FASTLM_LIBRARY_VERSION 3
 
 #define FASTLM_LAUNCHER extern "C" int
 

@@ -1,4 +1,5 @@
-"""libfastlm_cuda.so: built here, loaded by a clean process, shipped in the wheel; and what is said where it cannot be used."""
+"""libfastlm_cuda.so: built here, loaded by a clean process, shipped in the wheel. tests/ops/test_cuda.py has what is said
+where it cannot be used."""
 
 import os
 import re
@@ -6,26 +7,20 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 
-from fastlm import ops
 from fastlm.ops import _cuda
-from fastlm.ops._op import missing_backends
 from tests.wheels import ROOT, build_library, build_wheel, copy_checkout, install, run
 
 OBJECTS = ROOT / "build" / "cuda"  # compiled once: kept between runs under a hash of what they are made from
-
-
 try:
     build_library.check()
     WHY_NOT = ""
 except build_library.CannotBuild as error:
     WHY_NOT = str(error)
 needs_nvcc = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +51,7 @@ def test_it_needs_no_gpu_library_and_only_torch_s_stable_abi(library):
     assert of_torch and all(re.match(r"(aoti_)?torch_\w+$", name) for name in of_torch), of_torch
     # torch brings a CUDA runtime of its own: neither may see the other's functions.
     defined = {line.split()[-1] for line in _tool("nm", "-D", "--defined-only", library).splitlines()}
-    assert "fastlm_library_version" in defined and not [
+    assert {f"fastlm_{name}_version" for name in ("library", "runtime", "driver")} <= defined and not [
         n for n in defined if re.match("cuda|cu[A-Z]|__cuda|fastlm_rms", n)
     ]
     assert str(ROOT).encode() not in library.read_bytes(), "it names the folder in which it was built"
@@ -157,6 +152,42 @@ def test_torch_alone_loads_it_and_other_tensors_are_refused(library, tmp_path):
     assert done.stdout.count("rms_norm: x must be a CUDA tensor") == 2, done.stdout
 
 
+DRIVER = """
+#include <string.h>
+int version(int* v) { *v = VERSION; return 0; }
+int begin(unsigned flags) { return 0; }
+int nothing(void) { return 100; }  // no device
+int cuGetProcAddress_v2(const char* name, void** found, int since, unsigned long long flags, int* result) {
+  *found = strcmp(name, "cuDriverGetVersion") == 0 ? (void*)version
+         : strcmp(name, "cuInit") == 0 ? (void*)begin
+         : strncmp(name, "cuGetProcAddress", 16) == 0 ? (void*)cuGetProcAddress_v2 : (void*)nothing;
+  if (result) *result = 0;
+  return 0;
+}
+int cuGetProcAddress(const char* name, void** found, int since, unsigned long long flags) {
+  return cuGetProcAddress_v2(name, found, since, flags, 0);
+}
+"""
+VERSIONS = """
+import ctypes, sys, torch
+library = ctypes.CDLL(sys.argv[1])
+print(library.fastlm_runtime_version(), library.fastlm_driver_version())
+"""
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver of its own")
+def test_it_tells_the_driver_that_it_finds(library, tmp_path):
+    """Its CUDA runtime tells an older driver's version too, though it refuses every other call then."""
+    release = re.search(r"release (\d+)\.(\d+)", _tool(build_library.find_nvcc(), "--version"))
+    runtime = 1000 * int(release[1]) + 10 * int(release[2])
+    assert run([sys.executable, "-c", VERSIONS, library], tmp_path).split() == [str(runtime), "0"]
+    command = ["gcc", "-x", "c", "-shared", "-fPIC", "-DVERSION=12080", "-", "-o", tmp_path / "libcuda.so.1"]
+    subprocess.run(command, input=DRIVER, text=True, check=True)
+    found = run([sys.executable, "-c", VERSIONS, library], tmp_path, LD_LIBRARY_PATH=str(tmp_path))
+    assert found.split() == [str(runtime), "12080"]
+
+
 INSTALLED = """
 import sys
 from pathlib import Path
@@ -248,98 +279,6 @@ def test_an_old_nvcc_is_told_from_one_that_can(tmp_path, monkeypatch):
         else:
             with pytest.raises(build_library.CannotBuild, match="is release 12.4; 12.8 or newer is needed"):
                 build_library.check()
-
-
-# --- a library that cannot be used --------------------------------------------------------------------------------
-
-BAD = {
-    "symbols": ("int absent(); int here() { return absent(); }", "cannot be loaded with torch"),
-    "stranger": ("int here() { return 0; }", "is not a library of fastlm"),
-    "old": (
-        f"int fastlm_library_version() {{ return {_cuda.VERSION - 1}; }}",
-        f"has version {_cuda.VERSION - 1}, this",
-    ),
-}
-
-
-@pytest.fixture
-def asked_again(monkeypatch):
-    """(path) -> makes it the library's place, before anybody has asked for it."""
-
-    def place(path):
-        monkeypatch.setattr(_cuda, "_asked", {})
-        monkeypatch.setattr(_cuda, "PATH", Path(path))
-
-    return place
-
-
-def assert_reason(words):
-    """The reason is the same everywhere, and no other backend minds."""
-    x = torch.ones(4, 8, device="meta")
-    with pytest.raises(ValueError, match=f"rms_norm: backend 'cuda' cannot serve this call: .*{words}.*reinstall"):
-        ops.rms_norm(x, backend="cuda")
-    assert words in missing_backends()["cuda"] and words in _cuda.unavailable()
-    with pytest.raises(RuntimeError, match=words):
-        torch.ops.fastlm.rms_norm(torch.ones(4, 8), None, None, None, None, 1e-6, 0.0, False, 0.0, "cuda")
-    assert ops.rms_norm(torch.ones(4, 8)).shape == (4, 8)
-
-
-def test_a_missing_library_is_a_reason(asked_again, tmp_path):
-    asked_again(tmp_path / _cuda.NAME)
-    assert_reason("installed without libfastlm_cuda.so")
-
-
-@pytest.mark.parametrize("content", [b"", b"no library at all" * 100])
-def test_a_file_of_something_else_is_a_reason(content, asked_again, tmp_path):
-    path = tmp_path / _cuda.NAME
-    path.write_bytes(content)
-    asked_again(path)
-    assert_reason("is damaged")
-
-
-@needs_compiler
-@pytest.mark.parametrize("kind", BAD)
-def test_a_library_that_does_not_fit_is_a_reason(kind, asked_again, tmp_path):
-    code, words = BAD[kind]
-    path = tmp_path / _cuda.NAME
-    command = ["g++", "-x", "c++", "-shared", "-fPIC", "-", "-o", str(path)]
-    subprocess.run(command, input=f'extern "C" {{ {code} }}', text=True, check=True)
-    if kind == "old":
-        cut = tmp_path / "cut" / _cuda.NAME  # half of a file, as a full disk leaves it: to load it is a bus error
-        cut.parent.mkdir()
-        cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        asked_again(cut)
-        assert_reason("is damaged")
-    asked_again(path)
-    assert_reason(words)
-
-
-def test_what_the_kernels_do_not_take_is_a_reason(monkeypatch):
-    monkeypatch.setattr(_cuda, "_asked", {"reason": None})
-    x = torch.ones(4, 8, device="meta", dtype=torch.bfloat16)
-    for options, words in (
-        ({"x": x.double()}, "its kernels take float32, bfloat16, float16, got float64"),
-        ({"x": x, "residual": x.half()}, "weight, bias and residual must have x's dtype"),
-        ({"x": x, "weight": x[0], "bias": x[0].float()}, "weight and bias must have one dtype"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            ops.rms_norm(**options, backend="cuda")
-    with pytest.raises(ValueError, match="softmax: backend 'cuda' cannot serve .* its rows are numbered in 32 bits"):
-        ops.softmax(torch.ones(2**31, 1, device="meta"), backend="cuda")
-    for op in (ops.rms_norm, ops.softmax):
-        assert ops.explain(op, x, backend="cuda").backend == "cuda"
-
-
-def test_auto_does_not_take_what_was_not_measured(monkeypatch):
-    """Nor does it load the library to find out."""
-    from fastlm.ops import _op
-
-    monkeypatch.setattr(_cuda, "_asked", {})
-    monkeypatch.setattr(_op, "_on_cuda", lambda *_: True)
-    for op in (ops.rms_norm, ops.softmax):
-        found = ops.explain(op, torch.ones(4, 8, device="meta"))
-        assert found.backend != "cuda" and "not measured" in found.reasons["cuda"]
-    assert _cuda._asked == {}
 
 
 @pytest.mark.gpu

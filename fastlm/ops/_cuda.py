@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-VERSION = 2  # FASTLM_LIBRARY_VERSION in csrc/fastlm.h: the schemas this package calls
+VERSION = 3  # FASTLM_LIBRARY_VERSION in csrc/fastlm.h: the schemas this package calls
 NAME = "libfastlm_cuda.so"
 PATH = Path(__file__).resolve().parents[1] / NAME
 
@@ -55,13 +55,25 @@ def _load(path: Path) -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{NAME} cannot be loaded with torch {torch.__version__}: {error}{again}"
+    library = ctypes.CDLL(str(path))
     try:
-        version = ctypes.CDLL(str(path)).fastlm_library_version()
+        version = library.fastlm_library_version()
     except AttributeError:
         return f"{NAME} is not a library of fastlm (it tells no version){again}"
     if version != VERSION:
         return f"{NAME} has version {version}, this fastlm calls version {VERSION}{again}"
+    runtime, driver = library.fastlm_runtime_version(), library.fastlm_driver_version()
+    if torch.cuda.is_available() and driver // 1000 < runtime // 1000:  # every call would fail with error 35
+        found = f"takes CUDA {_release(driver)} at most" if driver else "was not found by its CUDA runtime"
+        return (
+            f"{NAME} was built with CUDA {_release(runtime)} and the GPU's driver {found}; update the driver to one of CUDA "
+            f"{runtime // 1000}, or reinstall fastlm with FASTLM_CUDA=1 where nvcc is no newer than the driver"
+        )
     return None
+
+
+def _release(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _is_whole(path: Path) -> bool:
