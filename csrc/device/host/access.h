@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <concepts>
 
-#include "block.h"
+#include "meetings.h"
+#include "order.h"
 
 namespace device {
 namespace host {
