@@ -15,6 +15,10 @@ from fastlm.ops._op import Op
 # Elements the torch form sums at a time. In fp32, for the error that grows with them: 7e-4 in one vector_norm of 16.8 M
 # elements, 8e-5 in pieces of 2^22. 16-bit ones are made fp32 in the cache first: 4.5 ms for 13.8 M at 2^18, 6.4 at 2^15.
 _PIECE, _CACHED = 1 << 22, 1 << 18
+_WIDE = {torch.float32, torch.float64}
+_KINDS = {(dtype, torch.strided) for dtype in (*_WIDE, torch.float16, torch.bfloat16)}
+_FP64 = {(torch.float64, torch.strided)}
+_PLAIN = {Tensor, torch.nn.Parameter}
 _PROGRAMS_PER_SM = 4  # of the CUDA kernel: as many as run at once, and each has an equal share
 
 
@@ -28,23 +32,38 @@ def _torch(tensors: Sequence[Tensor]) -> Tensor:
         dtype = _out_dtype(tensors)
         norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
         return torch.linalg.vector_norm(torch.stack([n.to(dtype) for n in norms]))
-    norms, cached = [], None
-    for t in tensors:
-        if t.dtype in (torch.float32, torch.float64):
-            parts = (t,) if t.numel() <= _PIECE else t.reshape(-1).split(_PIECE)
-            norms += [torch.linalg.vector_norm(part) for part in parts]
-            continue
-        if cached is None:
-            cached = torch.empty(min(_CACHED, max(t.numel() for t in tensors)), dtype=torch.float32)
-        for part in t.reshape(-1).split(_CACHED):
-            wide = cached[: part.numel()].copy_(part)
-            norms.append(torch.dot(wide, wide).sqrt_())
-    if len({n.dtype for n in norms}) > 1:
-        norms = [n.double() for n in norms]
-    norm = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)
+    dtypes = {t.dtype for t in tensors}
+    if dtypes <= _WIDE:
+        norm = _wide_norm(tensors)
+    else:
+        square = _square_of_16_bits([t for t in tensors if t.dtype not in _WIDE])
+        if dtypes & _WIDE:
+            square += _wide_norm([t for t in tensors if t.dtype in _WIDE]).square()
+        norm = square.sqrt()
     if not math.isfinite(norm.item()):  # squares may overflow where the norm does not
         return _reference(tensors)
     return norm.to(_out_dtype(tensors))
+
+
+def _wide_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Of fp32 and fp64, in fp64."""
+    if max(map(Tensor.numel, tensors)) > _PIECE:
+        tensors = [part for t in tensors for part in t.reshape(-1).split(_PIECE)]
+    norms = list(map(torch.linalg.vector_norm, tensors))
+    if len({n.dtype for n in norms}) > 1:
+        norms = [n.double() for n in norms]
+    return torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)
+
+
+def _square_of_16_bits(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of fp16 and bf16, in fp64."""
+    cached = torch.empty(min(_CACHED, max(map(Tensor.numel, tensors))), dtype=torch.float32)
+    squares = []
+    for t in tensors:
+        for part in t.reshape(-1).split(_CACHED):
+            wide = cached[: part.numel()].copy_(part)
+            squares.append(torch.dot(wide, wide))
+    return torch.stack(squares).sum(dtype=torch.float64)
 
 
 def _out_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -101,12 +120,12 @@ def global_norm(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.float32)
     # Sets: with many small tensors the host's time is all there is.
-    dtypes = {t.dtype for t in tensors}
-    if {t.layout for t in tensors} != {torch.strided} or not all(dtype.is_floating_point for dtype in dtypes):
+    kinds = {(t.dtype, t.layout) for t in tensors}
+    if not kinds <= _KINDS:
         _refuse(tensors)
-    dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
-    if {type(t) for t in tensors} <= {Tensor, torch.nn.Parameter} and len({t.get_device() for t in tensors}) == 1:
-        return _plain_norm(tensors, dtype, backend)
+    dtype = torch.float64 if kinds == _FP64 else torch.float32
+    if {type(t) for t in tensors} <= _PLAIN and len({t.get_device() for t in tensors}) == 1:
+        return _plain_norm(tensors, dtype, backend, len(kinds) == 1)
     device = tensors[0].device
     groups: dict[tuple, list[Tensor]] = {}
     for t in tensors:
@@ -128,14 +147,14 @@ def _refuse(tensors: list[Tensor]) -> None:
             raise TypeError(f"global_norm: tensors[{i}] must be dense and real floating point, got {what}")
 
 
-def _plain_norm(tensors: list[Tensor], dtype: torch.dtype, backend: str) -> Tensor:
-    """The norm of plain tensors on one device."""
-    backend = OP.choose(backend, *{t.dtype: t for t in tensors}.values())
+def _plain_norm(tensors: list[Tensor], dtype: torch.dtype, backend: str, alike: bool = False) -> Tensor:
+    """The norm of plain tensors on one device; alike: of one dtype."""
+    backend = OP.choose(backend, *(tensors[:1] if alike else {t.dtype: t for t in tensors}.values()))
+    if backend in OP.plain_forms:
+        return OP.plain(backend, tensors).to(dtype)
     filled = [t for t in tensors if t.numel()]
     if not filled:
         return torch.zeros((), dtype=dtype, device=tensors[0].device)
-    if backend in OP.plain_forms:
-        return OP.plain(backend, filled).to(dtype)
     return OP.forward([t.contiguous() for t in filled], backend)
 
 
