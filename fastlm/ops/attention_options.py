@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlm.ops._tensor import autocast_dtype, host_values
 from fastlm.ops.attention_reference import FROM_START, TO_END, TO_SEEN, Call, Extras
 from fastlm.ops.block_mask import BlockMask
+from fastlm.ops.number_checks import SMALLEST, check_number
 from fastlm.ops.random_bits import seed_tensor
 
 _CORNERS = {False: (TO_END, -1), True: (TO_SEEN, 0), "bottom_right": (TO_SEEN, 0), "top_left": (FROM_START, 0)}
@@ -112,8 +113,7 @@ def make_call(
     for name, x in (("key_lengths", key_lengths), ("key_starts", key_starts), ("prefix_lengths", prefix_lengths)):
         if x is not None:
             _check_per_sequence(name, x, B, q, None if name == "prefix_lengths" else T, values)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"attention: softcap must be > 0 and finite, or None, got {softcap}")
+    scale, softcap = score_numbers("attention", scale, softcap, q.shape[3])
     if not 0 <= dropout_p < 1:
         raise ValueError(f"attention: dropout_p must lie in [0, 1), got {dropout_p}")
     H = q.shape[2]
@@ -126,10 +126,6 @@ def make_call(
         extras = Extras(slopes, cu_seqlens_q, cu_seqlens_k, key_starts, prefix_lengths, *_documents(document_ids, q, k, packed),
                         seed_tensor("attention", seed, q) if dropout_p else None,
                         *_blocks(block_mask, q, B, H, S, T)).listed()  # fmt: skip
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    elif not abs(scale) < float("inf"):
-        raise ValueError(f"attention: scale must be finite, got {scale}")
     simple = bias is None and relative_bias is None and alibi_slopes is None and left < 0
     if simple and S == 1 and align == TO_SEEN and not packed:
         right = -1  # one query at the bottom right sees every key
@@ -137,8 +133,23 @@ def make_call(
         align = FROM_START  # nothing is measured from the diagonal
     return Call(
         q, k, v, key_lengths, _bias(bias, q, B, H, S, T), _distances(relative_bias, H, q), sinks, extras,
-        align, left, right, scale, softcap or 0.0, dropout_p,
+        align, left, right, scale, softcap, dropout_p,
     )  # fmt: skip
+
+
+def score_numbers(op: str, scale: float | None, softcap: float | None, width: int) -> tuple[float, float]:
+    """(scale, softcap) of a call, with the default of a head's width and 0 for no softcap."""
+    if scale is None:
+        scale = width**-0.5
+    else:
+        check_number(op, "scale", scale)
+    if softcap is None:
+        return scale, 0.0
+    # Kernels have it times log2(e).
+    check_number(op, "softcap", softcap, SMALLEST, 1e38, "> 0 or None: a normal number of fp32, 1.2e-38 to 1e38")
+    if not abs(scale) <= 1e37 * softcap:  # and 2 log2(e) scale / softcap
+        raise ValueError(f"{op}: softcap must be at least 1e-37 times scale {scale}, got {softcap}")
+    return scale, float(softcap)
 
 
 def _check_heads(q, k, v, packed):

@@ -211,6 +211,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
+    check: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """F.cross_entropy of logits and class numbers, the classes along the last dimension, in fp32, with a few more options.
@@ -232,6 +233,7 @@ def cross_entropy(
         token_weight: [...] float, multiplies each row's loss; differentiable. It does not change what a mean divides by.
         denominator: what the mean divides by instead of the sum of the class weights of the rows that count (without class
             weights: their number); a number or a 0-d tensor, a constant. 0 gives 0.
+        check: check the values of target on a GPU too, at the price of a wait.
         backend: "auto", "reference", "torch", "triton" or "cuda".
 
     Returns:
@@ -239,10 +241,10 @@ def cross_entropy(
         gradients (torch: NaN). Under autocast dtypes are kept.
 
     Memory: two fp32 numbers a row are kept for the backward, which reads the logits once more and writes their gradient. No host
-    sync: values of targets are checked on the CPU only; elsewhere a target outside [0, V) gives a NaN loss. Deterministic.
+    sync: values of targets are checked on the CPU or with check=True; else one outside [0, V) gives a NaN loss. Deterministic.
 
     Raises:
-        ValueError: shapes that do not fit, a target out of range (CPU), an unknown reduction or a number out of range, an
+        ValueError: shapes that do not fit, a checked target out of range, an unknown reduction or a number out of range, an
             unknown or unsupported backend. TypeError: input or weights not floating point, target not int64.
 
     Backends: triton (compute capability >= 8.0), cuda (likewise; fewer than 2^31 rows and classes; not chosen by "auto"), torch
@@ -251,7 +253,7 @@ def cross_entropy(
     ignore_index = -100 if ignore_index is None else ignore_index
     if (
         reduction == "mean" and weight is token_weight is denominator is softcap is None and not z_loss
-        and type(scale) is float and scale == 1 and at_once(backend, input)
+        and type(scale) is float and scale == 1 and type(label_smoothing) is float and at_once(backend, input)
     ):  # fmt: skip
         loss = _mean_at_once(input, target, ignore_index, label_smoothing)
         if loss is not None:
@@ -271,7 +273,7 @@ def cross_entropy(
                 return loss
         except IndexError:  # a target out of range, for which there is a better message
             pass
-    checks.check_target_values("cross_entropy", target, input.shape[-1], ignore_index)
+    checks.check_target_values("cross_entropy", target, input.shape[-1], ignore_index, check)
     loss = OP.plain(backend, *args) if backend in OP.plain_forms else OP.forward(*args, backend)[0]
     if token_weight is not None:
         loss = loss * token_weight.masked_fill(target == ignore_index, 0).to(loss.dtype)
@@ -301,21 +303,10 @@ def _check(input, target, weight, reduction, label_smoothing, scale, softcap, z_
             f"got {token_weight.dtype} {list(token_weight.shape)}"
         )
     check_loss_options(name, reduction, label_smoothing, scale, softcap, z_loss)
-    if denominator is not None:
-        if reduction != "mean":
-            raise ValueError(f"{name}: denominator is what a 'mean' divides by; reduction is {reduction!r}")
-        if isinstance(denominator, Tensor):
-            checks.check_denominator(name, denominator)
-        elif not denominator >= 0:
-            raise ValueError(f"{name}: denominator must be a number >= 0 or a 0-d tensor, got {denominator}")
+    checks.check_denominator(name, denominator, reduction, zero=True)
 
 
 def check_loss_options(name, reduction, label_smoothing, scale, softcap, z_loss):
     """The errors that the module shares."""
-    checks.check_logits(name, scale, softcap, None)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if not z_loss >= 0:
-        raise ValueError(f"{name}: z_loss must be >= 0, got {z_loss}")
+    checks.check_logits(name, scale, softcap)
+    checks.check_loss_options(name, reduction, label_smoothing, z_loss)

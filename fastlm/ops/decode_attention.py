@@ -10,7 +10,7 @@ from fastlm.ops._cuda import not_measured
 from fastlm.ops._op import Op
 from fastlm.ops._tensor import autocast_dtype, host_values
 from fastlm.ops.append_kv import check_no_gradient, check_pages, check_per_row, places_of_cache
-from fastlm.ops.attention_options import RelativeBias
+from fastlm.ops.attention_options import RelativeBias, score_numbers
 from fastlm.ops.attention_reference import TO_SEEN, Call, Extras
 from fastlm.ops.attention_reference import reference as attention_reference
 
@@ -276,8 +276,7 @@ def decode_attention(
     left = _window(window)
     _per_head("alibi_slopes", alibi_slopes, q)
     _per_head("sinks", sinks, q)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"decode_attention: softcap must be > 0 or None, got {softcap}")
+    scale, softcap = score_numbers("decode_attention", scale, softcap, q.shape[3])
     if key_starts is not None:
         check_per_row("decode_attention", "key_starts", key_starts, q.shape[0], q.device)
     distances = _distances(relative_bias, q)
@@ -289,7 +288,7 @@ def decode_attention(
     call = Call(
         q=q, k=k_cache, v=v_cache, key_lengths=lengths, bias=None, distances=distances, sinks=sinks,
         extras=Extras(alibi_slopes=slopes, key_starts=key_starts).listed(), align=TO_SEEN, left=left, right=0,
-        scale=q.shape[3] ** -0.5 if scale is None else float(scale), softcap=softcap or 0.0, dropout=0.0,
+        scale=float(scale), softcap=softcap, dropout=0.0,
     )  # fmt: skip
     _check_values(call, places, page_table, check)
     backend = OP.choose(backend, *call, page_table, return_lse)

@@ -13,6 +13,7 @@ from fastlm.ops._op import Op, at_once
 from fastlm.ops._tensor import can_read, compute_dtype, grad_of
 from fastlm.ops.loss_checks import check_denominator, ordinary
 from fastlm.ops.loss_gradients import save, saved
+from fastlm.ops.number_checks import LARGEST, SMALLEST, check_divisor, check_number
 from fastlm.ops.softcap import slope as slope_of_tanh
 
 _SCRATCH_BYTES = 1 << 19
@@ -178,7 +179,7 @@ def _sum_at_once(student, teacher, beta, temperature):
     many logits, 0 times infinity."""
     if teacher.shape != student.shape or not 0 < student.numel() <= _SMALL or student.ndim == 0:
         return None
-    if not (student.is_floating_point() and teacher.is_floating_point() and 0 < temperature < math.inf):
+    if not (student.is_floating_point() and teacher.is_floating_point() and SMALLEST <= temperature <= LARGEST):
         return None
     if student.dtype is not torch.float64:
         student, teacher = student.float(), teacher.float()
@@ -267,10 +268,8 @@ OP.sharding(_shard_forward, _shard_backward)
 
 def check_options(name, rows_shape, beta, temperature, mask, token_weight, reduction, denominator):
     """The errors that both distillation losses share."""
-    if not 0 <= beta <= 1:
-        raise ValueError(f"{name}: beta must be in [0, 1], got {beta}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{name}: temperature must be > 0 and finite, got {temperature}")
+    check_number(name, "beta", beta, 0, 1, "in [0, 1]")
+    check_divisor(name, "temperature", temperature)
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"{name}: mask must be bool, True where a row counts (target != -100, say), got {mask.dtype}")
     if token_weight is not None and not token_weight.is_floating_point():
@@ -280,14 +279,7 @@ def check_options(name, rows_shape, beta, temperature, mask, token_weight, reduc
             raise ValueError(f"{name}: {what} must be {list(rows_shape)}, one for each row, got {list(t.shape)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if denominator is None:
-        return
-    if reduction != "mean":
-        raise ValueError(f"{name}: denominator is what a 'mean' divides by; reduction is {reduction!r}")
-    if isinstance(denominator, Tensor):
-        check_denominator(name, denominator)
-    elif not denominator > 0:
-        raise ValueError(f"{name}: denominator must be > 0, got {denominator}")
+    check_denominator(name, denominator, reduction, zero=False)
 
 
 def reduced(loss, mask, token_weight, reduction, denominator):
@@ -376,8 +368,8 @@ def kl_div(
     if teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
     if (
-        mask is token_weight is denominator is None and (beta == 0 or beta == 1) and reduction in ("mean", "sum")
-        and at_once(backend, student_logits)
+        mask is token_weight is denominator is None and reduction in ("mean", "sum")
+        and type(beta) is type(temperature) is float and (beta == 0 or beta == 1) and at_once(backend, student_logits)
     ):  # fmt: skip
         total = _sum_at_once(student_logits, teacher_logits, beta, temperature)
         if total is not None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastlm.ops._op import at_once
 from fastlm.ops.norm_torch import layer_norm_torch
-from fastlm.ops.norm_wiring import check, check_casting, dropout_seed, norm_op
+from fastlm.ops.norm_wiring import check, check_casting, check_numbers, dropout_seed, norm_op
+from fastlm.ops.number_checks import LARGEST
 
 OP = norm_op("layer_norm", layer_norm_torch, centred=True)
 
@@ -59,6 +60,7 @@ def layer_norm(
     now = at_once(backend, x)
     if (
         now and residual is None and not dropout_p and not weight_offset and casting == "fp32"
+        and type(eps) is float and 0 <= eps <= LARGEST
         # What the torch form comes to, but that with gradients 16 bits and a bias alone need more.
         and (not torch.is_grad_enabled() or (x.dtype is torch.float32 and (weight is not None or bias is None)))
     ):  # fmt: skip
@@ -67,6 +69,7 @@ def layer_norm(
         except (RuntimeError, TypeError):  # there is a better message, or a parameter of another dtype
             pass
     check("layer_norm", x, weight, bias, residual)
+    check_numbers("layer_norm", eps, weight_offset)
     llama = casting != "fp32" and check_casting("layer_norm", casting)
     backend = "torch" if now else OP.choose(backend, x, weight, bias, residual)
     seed = dropout_seed("layer_norm", x, seed, dropout_p) if dropout_p else None

@@ -183,6 +183,7 @@ def linear_cross_entropy(
     weight_grad_dtype: torch.dtype | None = None,
     logits_bytes: int | None = None,
     group=None,
+    check: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """F.cross_entropy(F.linear(input, linear_weight, linear_bias), target), with the logits of a chunk of rows at a time.
@@ -215,6 +216,7 @@ def linear_cross_entropy(
         logits_bytes: budget of the one logits buffer; None: 512 MiB on a GPU, 64 MiB on the CPU. At least a row is held.
         group: a torch.distributed ProcessGroup over which the vocabulary is divided: linear_weight, linear_bias and weight are
             then this rank's rows, contiguous blocks in rank order, input and target whole on every rank. See below.
+        check: check the values of target on a GPU too, at the price of a wait.
         backend: "auto", "reference", "torch" or "triton".
 
     Returns:
@@ -223,8 +225,8 @@ def linear_cross_entropy(
     Under autocast the products are in autocast's dtype and the loss stays fp32. For "mean" and "sum" the forward computes the
     gradients too, if any is required (three products in all), token weights and denominator folded in; the backward scales
     them in place and hands them over. A further backward over the same graph (retain_graph) makes them anew, to the same bits.
-    "none" recomputes the logits in the backward (four products). No host sync: values of targets are checked on the CPU only;
-    elsewhere a target outside [0, V) gives a NaN loss. Deterministic.
+    "none" recomputes the logits in the backward (four products). No host sync: values of targets are checked on the CPU or with
+    check=True; elsewhere a target outside [0, V) gives a NaN loss. Deterministic.
 
     Memory at its peak, beyond inputs: logits buffer, input's gradient, and linear_weight's once, in the dtype of its sum. A sum
     in fp32 is rounded to a 16-bit weight within its own storage, so that gradient keeps the sum's memory; a sum of one chunk
@@ -238,7 +240,7 @@ def linear_cross_entropy(
     derivatives of second order.
 
     Raises:
-        ValueError: shapes that do not fit, a target out of range (CPU), an unknown reduction or a number out of range, a
+        ValueError: shapes that do not fit, a checked target out of range, an unknown reduction or a number out of range, a
             constant that requires grad, a denominator without "mean", an unknown or unsupported backend. TypeError: input or
             linear_weight not floating point, target not int64.
 
@@ -249,6 +251,7 @@ def linear_cross_entropy(
     _check(input, linear_weight, target, linear_bias, weight, token_weight, denominator, reduction, label_smoothing,
            z_loss, weight_grad_dtype)  # fmt: skip
     checks.check_logits("linear_cross_entropy", scale, softcap, logits_bytes)
+    checks.check_ignore_index("linear_cross_entropy", ignore_index)
     dtype = autocast_dtype(input)
     if dtype is not None and input.dtype != torch.float64:
         input = input.to(dtype)
@@ -269,7 +272,7 @@ def linear_cross_entropy(
 
         return vocab_parallel.linear_cross_entropy(
             input, linear_weight, linear_bias, target, token_weight, weight, denominator, *options, reduction, narrow,
-            logits_bytes, group, backend,
+            logits_bytes, group, check, backend,
         )  # fmt: skip
     tensors = (input, linear_weight, linear_bias, target, token_weight, weight)
     backend = OP.choose(backend, *tensors[:4])
@@ -279,7 +282,7 @@ def linear_cross_entropy(
             return _small(*tensors, denominator, ignore_index, label_smoothing, options[3], reduction)
         except IndexError:  # torch has looked at the targets; what is wrong with them is said below
             pass
-    checks.check_target_values("linear_cross_entropy", target, linear_weight.shape[0], ignore_index)
+    checks.check_target_values("linear_cross_entropy", target, linear_weight.shape[0], ignore_index, check)
     if reduction == "mean":
         denominator = checks.mean_denominator(denominator, input, target, weight, ignore_index)
     if backend in OP.plain_forms:
@@ -299,19 +302,8 @@ def _check(input, linear_weight, target, linear_bias, weight, token_weight, deno
     checks.check_linear(name, input, linear_weight, linear_bias, target)
     checks.check_constant(name, "weight", weight, linear_weight.shape[:1])
     checks.check_constant(name, "token_weight", token_weight, target.shape)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if denominator is not None:
-        if reduction != "mean":
-            raise ValueError(f"{name}: denominator is what reduction='mean' divides by, got reduction={reduction!r}")
-        if isinstance(denominator, Tensor):
-            checks.check_denominator(name, denominator)
-        elif not denominator >= 0:
-            raise ValueError(f"{name}: denominator must be >= 0, got {denominator}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if not z_loss >= 0:
-        raise ValueError(f"{name}: z_loss must be >= 0, got {z_loss}")
+    checks.check_loss_options(name, reduction, label_smoothing, z_loss)
+    checks.check_denominator(name, denominator, reduction, zero=True)
     if weight_grad_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(
             f"{name}: weight_grad_dtype must be None, torch.float32 or torch.bfloat16, got {weight_grad_dtype}"

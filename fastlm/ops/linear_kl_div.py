@@ -176,8 +176,8 @@ def linear_kl_div(
     _check(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
     rows_shape = student_hidden.shape[:-1]
     check_options("linear_kl_div", rows_shape, beta, temperature, mask, token_weight, reduction, denominator)
-    checks.check_logits("linear_kl_div", student_scale, student_softcap, logits_bytes)
-    checks.check_logits("linear_kl_div", teacher_scale, teacher_softcap, None)
+    checks.check_logits("linear_kl_div", student_scale, student_softcap, logits_bytes, "student_")
+    checks.check_logits("linear_kl_div", teacher_scale, teacher_softcap, whose="teacher_")
     mask = checks.ordinary(mask)
     after = token_weight if reduction == "none" else None  # there autograd can differentiate by it, as in kl_div
     if reduction != "none":

@@ -196,6 +196,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     logits_bytes: int | None = None,
     group=None,
+    check: bool = False,
     backend: str = "auto",
 ) -> LogProbs:
     """Log probability of the target, log-sum-exp, entropy and hit of each row of a linear layer's logits, for any loss on them.
@@ -222,6 +223,7 @@ def linear_logprobs(
         ignore_index: rows with this target give 0 (False) in all and no gradient.
         logits_bytes: budget of the one logits buffer; None: 512 MiB on a GPU, 64 MiB on the CPU. At least a row is held.
         group: a torch.distributed ProcessGroup over which the vocabulary is divided, as in linear_cross_entropy.
+        check: check the values of target on a GPU too, at the price of a wait.
         backend: "auto", "reference", "torch" or "triton".
 
     Returns:
@@ -230,10 +232,10 @@ def linear_logprobs(
     Under autocast the products are in autocast's dtype and the results stay fp32. The forward keeps only rows of numbers; the
     backward makes the logits anew (four products in all) and sums linear_weight's gradient in fp32. On the CPU logits that fit
     the budget are kept instead. Accurate near entropy 0 and for huge logits. No host sync: values of targets are checked on the
-    CPU only; elsewhere a target outside [0, V) gives NaN. Deterministic.
+    CPU or with check=True; elsewhere a target outside [0, V) gives NaN. Deterministic.
 
     Raises:
-        ValueError: shapes that do not fit, a target out of range (CPU), a number out of range, an unknown or unsupported
+        ValueError: shapes that do not fit, a checked target out of range, a number out of range, an unknown or unsupported
             backend. TypeError: input or linear_weight not floating point, target not int64.
 
     Backends: triton (compute capability >= 8.0), torch (the CPU default), reference (holds all logits).
@@ -242,6 +244,7 @@ def linear_logprobs(
     name = "linear_logprobs"
     checks.check_linear(name, input, linear_weight, linear_bias, target)
     checks.check_logits(name, scale, softcap, logits_bytes)
+    checks.check_ignore_index(name, ignore_index)
     dtype = autocast_dtype(input)
     if dtype is not None and input.dtype != torch.float64:
         input = input.to(dtype)
@@ -250,8 +253,8 @@ def linear_logprobs(
     if group is not None:
         from fastlm.ops import vocab_parallel
 
-        return LogProbs(*vocab_parallel.linear_logprobs(*tensors, *options, logits_bytes, group, backend))
-    checks.check_target_values(name, target, linear_weight.shape[0], ignore_index)
+        return LogProbs(*vocab_parallel.linear_logprobs(*tensors, *options, logits_bytes, group, check, backend))
+    checks.check_target_values(name, target, linear_weight.shape[0], ignore_index, check)
     backend = OP.choose(backend, *tensors)
     if backend in OP.plain_forms:
         return OP.plain(backend, *tensors, *options)

@@ -12,6 +12,7 @@ from fastlm.kernels import lora_linear as steps
 from fastlm.kernels.matmul import cast, empty_grad
 from fastlm.ops._op import Op, at_once
 from fastlm.ops._tensor import autocast_dtype, compute_dtype, grad_of
+from fastlm.ops.number_checks import check_number
 
 
 def _reference(x, weight, a, b, bias, scale):
@@ -171,6 +172,7 @@ def lora_linear(
     place), reference. `auto` takes triton only where it was measured to be faster. Paper: Hu et al. 2021, arXiv:2106.09685.
     """
     _check(x, weight, a, b, bias)
+    check_number("lora_linear", "scale", scale)
     now = at_once(backend, x)
     backend = "torch" if now else OP.choose(backend, x, weight, a, b, bias)
     dtype = autocast_dtype(x)

@@ -6,9 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm.ops._tensor import can_read, compute_dtype
-
-_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+from fastlm.ops._tensor import can_read, compute_dtype, is_eager
+from fastlm.ops.number_checks import LARGEST, check_divisor, check_number
 
 
 def check_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
@@ -34,16 +33,23 @@ def check_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, ta
         )
 
 
-def check_logits(op: str, scale: float, softcap: float | None, logits_bytes: int | None) -> None:
-    """The options of every op that makes logits."""
+def check_logits(op: str, scale: float, softcap: float | None, logits_bytes: int | None = None, whose="") -> None:
+    """The options of every op that makes logits; their names begin with `whose`."""
     if isinstance(scale, Tensor):
-        raise TypeError(f"{op}: scale must be a number, got a tensor; multiply input by it instead")
-    if softcap is not None and not _SMALLEST <= softcap <= _LARGEST:  # what kernels divide by, in fp32
-        raise ValueError(
-            f"{op}: softcap must be > 0 or None, a normal number of fp32 (1.2e-38 to 3.4e38), got {softcap}"
-        )
+        raise TypeError(f"{op}: {whose}scale must be a number, got a tensor; multiply input by it instead")
+    check_number(op, f"{whose}scale", scale)
+    if softcap is not None:
+        check_divisor(op, f"{whose}softcap", softcap, " or None")
     if logits_bytes is not None and not logits_bytes > 0:
         raise ValueError(f"{op}: logits_bytes must be > 0 or None, got {logits_bytes}")
+
+
+def check_loss_options(op: str, reduction: str, label_smoothing: float, z_loss: float) -> None:
+    """The options of both cross entropies."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_number(op, "label_smoothing", label_smoothing, 0, 1, "in [0, 1]")
+    check_number(op, "z_loss", z_loss, 0, LARGEST, ">= 0 and finite in fp32")
 
 
 def check_ignore_index(op: str, ignore_index: int) -> None:
@@ -71,8 +77,18 @@ def ordinary(t: Tensor | None) -> Tensor | None:
     return t.clone()
 
 
-def check_denominator(op: str, denominator: Tensor) -> None:
-    """0-d, a constant."""
+def check_denominator(op: str, denominator: float | Tensor | None, reduction: str, zero: bool) -> None:
+    """What a mean divides by: a number, which may be 0 if `zero`, or a 0-d tensor, a constant."""
+    if denominator is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"{op}: denominator is what reduction='mean' divides by, got reduction={reduction!r}")
+    if not isinstance(denominator, Tensor):
+        if zero:
+            check_number(op, "denominator", denominator, 0, LARGEST, ">= 0 and finite in fp32, or a 0-d tensor")
+        if not zero or denominator:
+            check_divisor(op, "denominator", denominator)
+        return
     if denominator.ndim or denominator.requires_grad:
         raise ValueError(
             f"{op}: denominator must be a number or a 0-d tensor that requires no grad, got shape "
@@ -80,15 +96,18 @@ def check_denominator(op: str, denominator: Tensor) -> None:
         )
 
 
-def check_target_values(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
-    """Every target in [0, classes) or ignored, where reading them is free (CPU)."""
-    if not can_read(target) or not target.numel():
+def check_target_values(op: str, target: Tensor, classes: int, ignore_index: int, check: bool = False) -> None:
+    """Every target in [0, classes) or ignored, where reading them is free (CPU) or asked for (`check`). What nobody checks is
+    clamped where it is an index, and makes its loss NaN."""
+    if not can_read(target) and not (check and type(target) is Tensor and is_eager()):
         return
     outside = target.clamp(0, classes - 1) != target
-    if outside.any() and (outside & (target != ignore_index)).any():
+    if outside.any() and (outside := outside & (target != ignore_index)).any():
+        places = outside.nonzero()
         raise ValueError(
-            f"{op}: target must be in [0, {classes}) or ignore_index={ignore_index}, "
-            f"got {target[outside & (target != ignore_index)][0].item()}"
+            f"{op}: target must be in [0, {classes}) or ignore_index={ignore_index}, got {target[outside][0].item()} at "
+            f"{places[0].tolist()}, {len(places)} such of {target.numel()}; put ignore_index there, or let the logits have as "
+            "many classes as the tokenizer"
         )
 
 

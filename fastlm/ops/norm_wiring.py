@@ -11,6 +11,7 @@ from fastlm.ops._cuda import not_measured
 from fastlm.ops._op import Op
 from fastlm.ops._tensor import compute_dtype, grad_of
 from fastlm.ops.norm_reference import dropped, norm_reference, normalised
+from fastlm.ops.number_checks import LARGEST, check_number
 from fastlm.ops.random_bits import seed_tensor
 
 _WIDEST = 262144
@@ -206,6 +207,12 @@ def _refuse(op: str, name: str, t: Tensor, expected: str) -> None:
     if not t.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}; convert it with .to(x.dtype)")
     raise ValueError(f"{op}: {name} must {expected}, got {list(t.shape)}")
+
+
+def check_numbers(op: str, eps: float, weight_offset: float) -> None:
+    """Raises for an eps below 0 or not finite, and for a weight_offset that is no number."""
+    check_number(op, "eps", eps, 0, LARGEST, "a number >= 0, finite in fp32")
+    check_number(op, "weight_offset", weight_offset)
 
 
 def check_casting(op: str, casting: str) -> bool:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fastlm.ops._op import at_once
 from fastlm.ops.norm_torch import plain_rms_norm, rms_norm_torch
-from fastlm.ops.norm_wiring import check, check_casting, dropout_seed, norm_op
+from fastlm.ops.norm_wiring import check, check_casting, check_numbers, dropout_seed, norm_op
+from fastlm.ops.number_checks import LARGEST
 
 OP = norm_op("rms_norm", rms_norm_torch, centred=False)
 
@@ -58,11 +59,15 @@ def rms_norm(
     Paper: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     now = at_once(backend, x)
-    if now and bias is residual is None and not dropout_p and not weight_offset and casting == "fp32":
+    if (
+        now and bias is residual is None and not dropout_p and not weight_offset and casting == "fp32"
+        and type(eps) is float and 0 <= eps <= LARGEST
+    ):  # fmt: skip
         y = plain_rms_norm(x, weight, eps)
         if y is not None:
             return y
     check("rms_norm", x, weight, bias, residual)
+    check_numbers("rms_norm", eps, weight_offset)
     llama = casting != "fp32" and check_casting("rms_norm", casting)
     backend = "torch" if now else OP.choose(backend, x, weight, bias, residual)
     seed = dropout_seed("rms_norm", x, seed, dropout_p) if dropout_p else None

@@ -11,6 +11,7 @@ from fastlm.ops._cuda import not_measured
 from fastlm.ops._native import softmax_gradient
 from fastlm.ops._op import Op, at_once
 from fastlm.ops._tensor import can_read, compute_dtype, is_batched
+from fastlm.ops.number_checks import LARGEST, check_number
 
 _WIDEST = 262144
 _FEW = 1 << 14  # elements up to which autograd's own steps cost less than a Function of Python
@@ -239,10 +240,12 @@ def softmax(
     chosen by "auto". Paper: Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
     now = at_once(backend, x)
-    plain = now and mask is None and dim == -1 and x.dtype is torch.float32 and x.ndim
+    plain = now and mask is None and dim == -1 and x.dtype is torch.float32 and x.ndim and type(scale) is float
+    plain = plain and -LARGEST <= scale <= LARGEST
     if plain and not (x.requires_grad and torch.is_grad_enabled()):
         return torch.softmax(x if scale == 1 else x * scale, -1)  # what _torch comes to
     _check(x, dim, mask)
+    check_number("softmax", "scale", scale)
     dim = dim if dim < 0 else dim - x.ndim
     if dim != -1:
         if mask is not None and mask.ndim >= -dim:

@@ -208,11 +208,11 @@ class _Gather(torch.autograd.Function):
         return gradient[ctx.own], None
 
 
-def _check(op: str, input: Tensor, weight: Tensor, target: Tensor, ignore_index: int, part: _Part) -> None:
+def _check(op: str, input: Tensor, weight: Tensor, target: Tensor, ignore_index: int, part: _Part, check: bool) -> None:
     if any(type(t).__name__ == "DTensor" for t in (input, weight, target)):
         raise TypeError(f"{op}: group= takes plain tensors, each rank's own part, got a DTensor; pass its to_local()")
-    if target.device.type == "cpu":
-        checks.check_target_values(op, target, int(part.classes), ignore_index)
+    if check or target.device.type == "cpu":
+        checks.check_target_values(op, target, int(part.classes), ignore_index, check)
 
 
 def _device_of(t: Tensor):
@@ -229,7 +229,7 @@ def _kernels(backend: str):
 
 
 def linear_cross_entropy(input, weight, bias, target, token_weight, class_weight, denominator, ignore_index, label_smoothing,
-                         z_loss, scale, softcap, reduction, narrow, logits_bytes, group, backend):  # fmt: skip
+                         z_loss, scale, softcap, reduction, narrow, logits_bytes, group, check, backend):  # fmt: skip
     """ops.linear_cross_entropy over a group; the arguments are checked but for the group's own."""
     backend = REGISTRY["linear_cross_entropy"].choose(backend, input, weight, bias, target)
     whole = lambda t: None if t is None else _Gather.apply(t, group)  # noqa: E731
@@ -240,7 +240,7 @@ def linear_cross_entropy(input, weight, bias, target, token_weight, class_weight
             token_weight=token_weight, denominator=denominator, backend="reference",
         )  # fmt: skip
     part = _Part(weight, target, ignore_index, group, _kernels(backend))
-    _check("linear_cross_entropy", input, weight, target, ignore_index, part)
+    _check("linear_cross_entropy", input, weight, target, ignore_index, part, check)
     if reduction == "mean":
         if denominator is None and class_weight is not None:
             wide = class_weight.to(compute_dtype(input))
@@ -259,7 +259,7 @@ def linear_cross_entropy(input, weight, bias, target, token_weight, class_weight
         return _CrossEntropy.apply(input, weight, bias, token_weight, class_weight, denominator, part, scale_, *options)
 
 
-def linear_logprobs(input, weight, bias, target, ignore_index, scale, softcap, logits_bytes, group, backend):
+def linear_logprobs(input, weight, bias, target, ignore_index, scale, softcap, logits_bytes, group, check, backend):
     """ops.linear_logprobs over a group -> logp, lse, entropy, hit."""
     backend = REGISTRY["linear_logprobs"].choose(backend, input, weight, bias, target)
     if backend == "reference":
@@ -269,6 +269,6 @@ def linear_logprobs(input, weight, bias, target, ignore_index, scale, softcap, l
             backend="reference",
         )  # fmt: skip
     part = _Part(weight, target, ignore_index, group, _kernels(backend))
-    _check("linear_logprobs", input, weight, target, ignore_index, part)
+    _check("linear_logprobs", input, weight, target, ignore_index, part, check)
     with _device_of(input), torch.autocast(input.device.type, enabled=False):
         return _Logprobs.apply(input, weight, bias, target, part, ignore_index, scale, softcap, logits_bytes)

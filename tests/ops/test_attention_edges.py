@@ -133,7 +133,7 @@ def test_slopes_that_could_have_a_gradient_matter_only_where_one_is_taken():
         ("needs a table", {"relative_bias": ops.RelativeBias(torch.zeros(8))}),
         ("seed must be an int", {"dropout_p": 0.5, "seed": 1.5}),
         ("scale must be finite", {"scale": float("nan")}),
-        ("softcap must be > 0 and finite", {"softcap": float("inf")}),
+        ("softcap must be > 0 or None: a normal number of fp32", {"softcap": float("inf")}),
         (r"pair \(left, right\)", {"window": (1.5, 0)}),
     ],
 )

@@ -366,7 +366,9 @@ def test_explain_and_errors():
     fails(ValueError, r"mask must be \[2, 3\]", student, teacher, mask=torch.ones(2, dtype=torch.bool))
     fails(ValueError, r"token_weight must be \[2, 3\]", student, teacher, token_weight=torch.ones(3))
     fails(ValueError, "reduction must be", student, teacher, reduction="batchmean")
-    fails(ValueError, "denominator is what a 'mean' divides by", student, teacher, reduction="sum", denominator=3)
+    fails(
+        ValueError, "denominator is what reduction='mean' divides by", student, teacher, reduction="sum", denominator=3
+    )
     fails(ValueError, "denominator must be > 0", student, teacher, denominator=0)
     fails(ValueError, ".*got float64", student.double(), teacher.double(), backend="triton")
     assert OP.backends == ("triton", "torch", "reference")

@@ -313,7 +313,7 @@ def _check_all(backend, device):
     [
         ("loss_rows", "new_peak = tl.maximum(peak, tl.max(x, 0))", "new_peak = tl.maximum(peak, 0.0)"),  # not subtracted
         ("loss_rows", "x = tl.where(mask, x, float(\"-inf\"))", "x = tl.where(mask, x, 0.0)"),  # wrong mask in the tail
-        ("loss_rows", "gradient *= 1.0 - (x / softcap) * (x / softcap)", "gradient *= 1.0"),
+        ("loss_rows", "gradient * slope * (factor", "gradient * (factor"),
         (None, "live = target != ignore_index", "live = target != ignore_index - 1"),  # ignored rows counted
         (None, "    if full < V:\n        peak", "    if full < V - BLOCK_V:\n        peak"),  # tail of the vocabulary not read
         (None, "        if full < V:\n            _write", "        if full < V - BLOCK_V:\n            _write"),  # nor written

@@ -274,7 +274,7 @@ def test_gradients_are_handed_over_once_and_then_made_anew(backend, device):
         ("linear_kl_div", "gradients.add(a, h[here], w, start)", "gradients.add(a, h[here], w, 0)"),
         ("linear_kl_div", "(scale, teacher_scale), (softcap", "(teacher_scale, scale), (softcap"),
         ("linear_kl_div", "loss = loss * token_weight.reshape(-1).to(loss.dtype)", "pass"),
-        ("kl_div", "options[0], options[2], X_SOFTCAP)", "options[0], options[2], False)"),
+        ("kl_div", "gradient, slope, factor", "gradient, 1.0, factor"),
         ("kl_div", "_write_zeros(dx_ptr + dx_start, first, begin, full, end, BLOCK_V)", "pass"),
     ],
 )
@@ -299,7 +299,7 @@ def test_errors():
     fails(ValueError, r"student_bias must be \[300\]", h, w, th, tw, student_bias=b[1:])
     fails(TypeError, "teacher_weight must be floating point", h, w, th, tw.long())
     fails(ValueError, r"beta must be in \[0, 1\]", h, w, th, tw, beta=-0.1)
-    fails(ValueError, "softcap must be > 0", h, w, th, tw, teacher_softcap=0.0)
+    fails(ValueError, "teacher_softcap must be > 0", h, w, th, tw, teacher_softcap=0.0)
     fails(ValueError, "logits_bytes must be > 0", h, w, th, tw, logits_bytes=0)
     fails(TypeError, "mask must be bool", h, w, th, tw, mask=torch.ones(2, 3))
-    fails(ValueError, "denominator is what a 'mean' divides by", h, w, th, tw, reduction="none", denominator=2)
+    fails(ValueError, "denominator is what reduction='mean' divides by", h, w, th, tw, reduction="none", denominator=2)
