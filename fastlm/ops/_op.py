@@ -42,11 +42,15 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 class _State(threading.local):
-    """Per-thread choices. A ContextVar would read better but breaks torch.compile(fullgraph=True)."""
+    """Per-thread choices. A ContextVar would read better but breaks torch.compile(fullgraph=True).
 
-    backend = "auto"
-    capture: list | None = None
-    chooses_freely = True  # no use_backend and no explain: one look instead of two
+    Set in each thread's own __init__: Dynamo of torch 2.11 reads the class's value where the class has one.
+    """
+
+    def __init__(self) -> None:
+        self.backend = "auto"
+        self.capture: list | None = None
+        self.chooses_freely = True  # no use_backend and no explain: one look instead of two
 
 
 _state = _State()
@@ -274,10 +278,15 @@ class Op:
 
     def _see_dtensors(self, args: Sequence[Any]) -> None:
         if self._sharding and any(type(a).__name__ == "DTensor" for a in args):
+            from torch.distributed.tensor import DTensor
             from torch.distributed.tensor.experimental import register_sharding
 
+            known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
             for entry, rule in self._sharding:
                 register_sharding(entry)(rule)
+                # A result is remembered by the arguments from here on; torch says the first int, or none of them. Shapes
+                # depend on bools (need_dweight) and on which tensors are missing, too.
+                known[entry].static_argnum = 0
             self._sharding = []
 
 

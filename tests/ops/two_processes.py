@@ -87,6 +87,11 @@ def _cases() -> dict:
         ),
         "attention": (lambda q, k, v: ops.attention(q, k, v, causal=True), (q, k, v), "bbb"),
         "attention with lse": (lambda q, k, v: ops.attention(q, k, v, return_lse=True), (q, k, v), "bbb"),
+        "attention with bias": (
+            lambda q, k, v, bias: ops.attention(q, k, v, bias=bias),
+            (q, k, v, torch.randn(4, S, S)),
+            "bbb.",
+        ),
     }
     cases["linear_cross_entropy with options"] = (
         lambda h, w, b, t, a, c: ops.linear_cross_entropy(
@@ -166,9 +171,13 @@ def check_dtensors(name: str, split: int | None, mesh) -> None:
 
 
 def check_frozen(name: str, mesh) -> None:
-    """A weight that gets a gradient in one call and none in the next: what DTensor remembers must not mix them up."""
+    """A weight that gets a gradient in one call and none in the next: what DTensor remembers must not mix them up.
+
+    What it remembers first is the call with the frozen weight: these checks are the first ones of their ops.
+    """
     fn, args, kinds = _cases()[name]
-    for frozen in ((), (1,), (0,), ()):
+    weight = kinds.index(".")
+    for frozen in ((weight,), (), (weight,), (0,), ()):
         want = _outputs_and_gradients(fn, _leaves(args, kinds, frozen=frozen))
         got = _outputs_and_gradients(fn, _leaves(args, kinds, mesh, 0, frozen))
         for g, w in zip(got, want, strict=True):
@@ -278,20 +287,21 @@ def check_fsdp(mesh) -> None:
         torch.testing.assert_close(q.full_tensor(), p, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+_FROZEN = ("rms_norm", "layer_norm", "linear_cross_entropy mean", "mlp with biases", "lora_linear", "attention with bias")
+
+
 def checks(mesh) -> dict:
     """name -> check without arguments."""
     found = {"inference mode first": lambda: check_inference_mode(mesh)}
+    for name in _FROZEN:
+        found[f"{name} | frozen"] = lambda name=name: check_frozen(name, mesh)
     for name in _cases():
         for split, label in ((0, "batch"), (1, "second dimension"), (None, "whole")):
             if " " in name and split != 0 and "none" not in name:
                 continue  # a variant of another case: the usual division is enough
             found[f"{name} | {label}"] = lambda name=name, split=split: check_dtensors(name, split, mesh)
-    for name in ("rms_norm", "linear_cross_entropy mean"):
-        found[f"{name} | frozen"] = lambda name=name: check_frozen(name, mesh)
     for name in ("mlp", "gated_mlp", "fp8_linear", "lora_linear by rows", "lora_linear by columns"):
         found[f"{name} | tensor parallel"] = lambda name=name: check_tensor_parallel(name, mesh)
-    for name in ("mlp with biases", "lora_linear"):
-        found[f"{name} | frozen"] = lambda name=name: check_frozen(name, mesh)
     found["options"] = lambda: check_options_are_not_mixed_up(mesh)
     found["fsdp2"] = lambda: check_fsdp(mesh)
     return found
