@@ -29,7 +29,8 @@ class AdamW(FusedOptimizer):
         precision, state_bits, average_decay, seed, max_norm, skip_nonfinite: see `FusedOptimizer`.
 
     Raises:
-        UserError: a hyperparameter out of range; a state dict that asks for amsgrad, maximize or coupled decay.
+        UserError: a hyperparameter out of range; a group or state dict that asks for amsgrad or maximize, or a state dict for
+        coupled decay.
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -72,12 +73,8 @@ class AdamW(FusedOptimizer):
         )
 
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
+        super()._check_loaded(groups)
         for group in groups:
-            for name in ("amsgrad", "maximize"):
-                if group.get(name):
-                    raise UserError(
-                        f"AdamW: the state dict was made with {name}=True, which fastlm.optim.AdamW does not do"
-                    )
             if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
                 raise UserError("AdamW: the state dict is of Adam with weight decay inside the gradient, not of AdamW")
 

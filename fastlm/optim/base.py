@@ -118,6 +118,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
         """Raises UserError if parameter groups of a state dict ask for what this optimizer does not do."""
+        for group in groups:
+            self._check_supported(group, "the state dict has ")
 
     def _update(
         self,
@@ -372,8 +374,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim. Raises UserError for hyperparameters out of range and parameters that are not real numbers."""
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            self._validate(self.param_groups[-1])
+            self._validate(group)
+            self._check_supported(group)
+            if len(set(group["params"])) < len(group["params"]):  # one launch would write to them twice at once
+                raise UserError(f"{self._name}: a parameter stands twice in a group; give each once")
         except BaseException:
             self.param_groups.pop()
             raise
@@ -382,10 +388,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in ("lr", "weight_decay", "eps"):
             value = group.get(name, 0.0)
             good = isinstance(value, numbers.Real) and value >= 0 and math.isfinite(value)
-            if not good and not isinstance(value, Tensor):
+            if isinstance(value, Tensor):  # where it can be read without waiting
+                good = not value.is_cpu or torch.compiler.is_compiling() or 0 <= value.item() < math.inf
+            if not good:
                 raise UserError(f"{self._name}: {name} must be a finite number >= 0, got {value!r}")
         storage.check_group(self._name, group)
         self._check_group(group)
+
+    def _check_supported(self, group: dict[str, Any], where: str = "") -> None:
+        for name, remedy in (("maximize", "negate the loss"), ("amsgrad", "take torch.optim.AdamW")):
+            if group.get(name):
+                raise UserError(f"{self._name}: {where}{name}=True, which is not supported; {remedy}")
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim, each parameter with a `step` of its own, on the host: the number of steps really made; and

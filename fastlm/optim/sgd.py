@@ -27,7 +27,8 @@ class SGD(FusedOptimizer):
         precision, state_bits, average_decay, seed, max_norm, skip_nonfinite: see `FusedOptimizer`.
 
     Raises:
-        UserError: a hyperparameter out of range; nesterov without momentum or with dampening; a state dict with maximize.
+        UserError: a hyperparameter out of range; nesterov without momentum or with dampening; a group or state dict that asks for
+        maximize.
     """
 
     MOMENTS = ("momentum_buffer",)
@@ -62,10 +63,6 @@ class SGD(FusedOptimizer):
             raise UserError(f"SGD: momentum must be in [0, 1), got {group['momentum']}")
         if group["nesterov"] and (not group["momentum"] or group["dampening"]):
             raise UserError("SGD: nesterov needs momentum above 0 and no dampening")
-
-    def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
-        if any(group.get("maximize") for group in groups):
-            raise UserError("SGD: the state dict was made with maximize=True, which fastlm.optim.SGD does not do")
 
     def _update(self, group, params, grads, states, step, common) -> None:
         ops.sgd_(

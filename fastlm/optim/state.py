@@ -197,7 +197,7 @@ def restore(optimizer: Any, state: dict[str, Any], groups: list[dict[str, Any]],
         for key, p in zip(saved["params"], group["params"]):
             if key in loaded["state"]:
                 own = _copied(p, loaded["state"][key])
-                _check_moments(optimizer, key, group, own)
+                _check_moments(optimizer, key, p, group, own)
                 fit(optimizer, p, group, own)
                 state["state"][p] = own
 
@@ -217,9 +217,16 @@ def _copied(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_moments(optimizer: Any, key: Any, group: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raises UserError if moments are missing from a state that has made steps; adds the step to one that has only them."""
+def _check_moments(optimizer: Any, key: Any, p: Tensor, group: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raises UserError if moments are missing from a state that has made steps, or a state has another shape than its parameter;
+    adds the step to one that has only moments."""
     moments = optimizer._moments(group)
+    for name in (*moments, "master", "remainder", "average"):
+        if name in own and own[name].shape != p.shape:
+            raise UserError(
+                f"{type(optimizer).__name__}: the state dict's {name} of parameter {key} is {list(own[name].shape)}, the "
+                f"parameter {list(p.shape)}: it is of another model, or its parameters are in another order"
+            )
     missing = [name for name in moments if name not in own]
     if "step" not in own and len(missing) < len(moments):
         own["step"] = count(1)  # torch.optim.SGD does not count; with a momentum it has made a step

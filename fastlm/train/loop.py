@@ -91,7 +91,7 @@ def train(
             with state_dict() and load_state_dict() for resuming.
         validation_loader: the same; it is put back to its first batch before each evaluation. None: no evaluation.
         loss_function: (model, batch on the device) -> 0-d sum of the loss over the batch's live tokens.
-        optimizer: anything with step(grad_scale=) and tensors as state, over parameters of the model or a part of them, whose
+        optimizer: any torch.optim.Optimizer with tensors as state, over parameters of the model or a part of them, whose
             gradients alone are clipped and looked at then. Each group's lr is its peak, which follows the schedule as config.lr
             would (min_lr / lr is the share at the end). Default: the one that config names.
         tokenizer: with `save(folder)`: written beside the weights in model/ and best/.
@@ -241,7 +241,7 @@ class _Run:
         if not (all(map(math.isfinite, losses)) and math.isfinite(grad_norm)):
             raise self._non_finite(batches, losses, grad_norm)
         too_long = 0 < config.clip < grad_norm  # else no coefficient: multiplying by 1 costs a pass on the CPU
-        self.optimizer.step(grad_scale=clip_coefficient(norm, config.clip) if too_long else None)
+        setup.step(self.optimizer, clip_coefficient(norm, config.clip) if too_long else None)
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)  # what the optimizer does not hold would grow for ever
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
@@ -129,6 +130,17 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, peak: float | None) -
         else:
             group["lr"] = began * (lr / peak)
     return lr if peak is None else float(optimizer.param_groups[0]["lr"])
+
+
+def step(optimizer: torch.optim.Optimizer, coefficient: Tensor | None) -> None:
+    """One step with gradients times the coefficient: inside the step where it takes grad_scale, else in place before it."""
+    if "grad_scale" in inspect.signature(optimizer.step).parameters:
+        optimizer.step(grad_scale=coefficient)
+        return
+    if coefficient is not None:
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            p.grad.mul_(coefficient.to(p.grad.device))
+    optimizer.step()
 
 
 def averages(optimizer: torch.optim.Optimizer) -> AbstractContextManager:

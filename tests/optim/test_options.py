@@ -1,6 +1,7 @@
 """What changes after the first step: options and groups, gradients that come and go, state dicts of others."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from fastlm import optim
 from fastlm.errors import UserError
 from fastlm.ops.master_weights import join_master
-from tests.optim.cases import assert_bits_equal, make, run, set_gradients, snapshot
+from tests.optim.cases import CLASSES, assert_bits_equal, each_class, make, run, set_gradients, snapshot
 
 
 def _params(*shapes, dtype=torch.float32):
@@ -315,3 +316,23 @@ def test_an_emptied_state_begins_again():
     optimizer.state[params[0]].clear()
     _step(optimizer, params, 1)
     assert [int(optimizer.state[p]["step"]) for p in params] == [1, 2]
+
+
+@each_class
+def test_what_is_not_done_is_refused_and_not_passed_over(name):
+    """torch takes these in a group; passing them over would train in the other direction, or write twice at once."""
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    cls = CLASSES[name][0]
+    optimizer = cls([torch.nn.Parameter(torch.ones(2, 2))])
+    for group, words in (
+        ({"params": [p], "maximize": True}, "maximize=True, which is not supported; negate the loss"),
+        ({"params": [p], "amsgrad": True}, "amsgrad=True, which is not supported"),
+        ({"params": [p], "lr": torch.tensor(-1.0)}, "lr must be a finite number >= 0"),
+        ({"params": [p], "lr": torch.tensor(math.nan)}, "lr must be a finite number >= 0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            optimizer.add_param_group(group)
+    with pytest.raises(UserError, match="stands twice"), pytest.warns(UserWarning, match="duplicate"):
+        optimizer.add_param_group({"params": [p, p]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [p], "lr": torch.tensor(0.5), "maximize": False})

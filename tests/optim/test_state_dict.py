@@ -235,6 +235,11 @@ def test_other_parameters_are_refused_untouched():
     )
     with pytest.raises(UserError, match="maximize"):
         optimizer.load_state_dict(torchs.state_dict())
+    other, wider = make("adamw")
+    other["matrix"].data = torch.randn(7, 5)
+    run(other, wider, [0])
+    with pytest.raises(UserError, match=r"exp_avg of parameter \d is \[7, 5\], the parameter"):
+        optimizer.load_state_dict(wider.state_dict())
     assert_bits_equal(snapshot(params, optimizer), before)
     run(params, optimizer, [1])
 

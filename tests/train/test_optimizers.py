@@ -137,6 +137,20 @@ def test_what_a_callers_optimizer_does_not_hold_is_not_clipped_by(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(part.parameters(), alone.parameters()))
 
 
+def test_torchs_optimizers_train_and_resume_too(tmp_path):
+    def run(out, steps, cls, **changes):
+        model = make_model(dropout=0.0)
+        optimizer = cls(model.parameters(), 0.01, weight_decay=0.1)
+        config = settings(tmp_path / out, steps=steps, clip=0.5, evaluate_every=0, schedule="constant", **changes)
+        train(model, config, TinyLoader(), optimizer=optimizer)
+        return model.up.weight
+
+    whole = run("whole", 4, torch.optim.AdamW)
+    run("parts", 2, torch.optim.AdamW)
+    assert torch.equal(run("parts", 4, torch.optim.AdamW, resume=True), whole)
+    torch.testing.assert_close(run("ours", 4, optim.AdamW), whole)
+
+
 def test_an_optimizer_of_another_model_is_refused(tmp_path):
     optimizer = optim.AdamW(make_model().parameters())
     with pytest.raises(UserError, match=r"the optimizer holds a parameter \[31, 16\] that TinyModel does not have"):
