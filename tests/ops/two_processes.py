@@ -287,7 +287,14 @@ def check_fsdp(mesh) -> None:
         torch.testing.assert_close(q.full_tensor(), p, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-_FROZEN = ("rms_norm", "layer_norm", "linear_cross_entropy mean", "mlp with biases", "lora_linear", "attention with bias")
+_FROZEN = (
+    "rms_norm",
+    "layer_norm",
+    "linear_cross_entropy mean",
+    "mlp with biases",
+    "lora_linear",
+    "attention with bias",
+)
 
 
 def checks(mesh) -> dict:
