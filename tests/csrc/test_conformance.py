@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.csrc import conformance
+from tests.csrc import conformance, host_library
 from tests.csrc.conformance import DeviceError, OnHost, Side, built, compare, main, run
 from tests.csrc.conformance_cases import CASES, within
 from tests.csrc.conformance_oracle import ORACLES
@@ -114,7 +114,8 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 def test_without_a_compiler_it_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(conformance, "BUILT", tmp_path)
+    for module in (conformance, host_library):
+        monkeypatch.setattr(module, "BUILT", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["--dry"]) == 2 and "is not built, and cannot be here: " in capsys.readouterr().err
 
