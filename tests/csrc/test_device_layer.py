@@ -5,12 +5,14 @@ import re
 import resource
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastlm.ops.random_bits import philox
+from tests.csrc import host_library
 from tests.csrc.host_library import (
     CSRC,
     ROOT,
@@ -249,6 +251,14 @@ def test_no_memory_for_a_stack_is_a_report(lib):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     together(lib, 2)
+
+
+def test_what_several_want_at_once_is_made_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_library, "BUILT", tmp_path)
+    command = ["sh", "-c", f'echo made >> {tmp_path / "log"}; sleep 0.2; : > "$2"', "sh"]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: host_library._made(tmp_path / "x.o", command), range(4)))
+    assert (tmp_path / "log").read_text() == "made\n" and (tmp_path / "x.o").exists()
 
 
 @needs_compiler
