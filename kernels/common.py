@@ -43,8 +43,8 @@ def row_start(row, inner, stride_outer, stride_inner):
 def tanh_and_slope(x, exponent, EXACT: tl.constexpr):
     """tanh(x) and its derivative; exponent is 2 log2(e) x, which a caller may have for less. (The interpreter has no tanh.)
 
-    With e = exp(-2 |x|), |tanh| is 1 - d for d = 2 e / (1 + e), and the slope d (2 - d): 1 - tanh^2 has few digits left where tanh
-    is near 1, as softcaps make it. Both come from the one tile d, which keeps dK dV of attention from spilling. Near 0 a
+    With e = exp(-2 |x|) and d = 2 e / (1 + e), |tanh| is 1 - d and the slope d (2 - d): 1 - tanh^2 has few digits left where tanh
+    is near 1, as softcaps make it. Both come from the one tile d, which keeps attention's dK dV from spilling. Near 0 a
     difference of two numbers near 1 has few digits; where more are wanted (EXACT) a polynomial takes over (that of the Cephes
     library, relative error 2e-7 up to 0.625).
     """
