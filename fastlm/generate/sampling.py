@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 
 import torch
@@ -34,14 +35,15 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= _LARGEST:
             raise UserError(f"generate: temperature must be a number from 0 to 3.4e38, got {self.temperature}")
-        if self.top_k is not None and (self.top_k != int(self.top_k) or self.top_k < 1):
-            raise UserError(
-                f"generate: top_k must be an integer of at least 1, got {self.top_k}; leave it out to keep all"
-            )
+        top_k = 1 if self.top_k is None else self.top_k
+        if isinstance(top_k, bool) or not 1 <= top_k < math.inf or top_k != int(top_k):
+            raise UserError(f"generate: top_k must be an integer of at least 1, got {top_k}; leave it out to keep all")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"generate: top_p must lie above 0 and at most at 1, got {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise UserError(f"generate: min_p must lie in 0..1, got {self.min_p}")
+        if self.seed is not None and not hasattr(self.seed, "__index__"):
+            raise UserError(f"generate: seed must be an integer, got {self.seed!r}")
 
 
 class Draws:

@@ -100,8 +100,8 @@ def train(
         TrainResult.
 
     Raises:
-        UserError: nothing to resume, a run already in the out folder, a damaged or foreign checkpoint, a full disk, an
-        optimizer that holds what is no parameter of the model.
+        UserError: nothing to resume, a run already in the out folder, a damaged or foreign checkpoint, a full disk, nothing
+        to train, an optimizer that needs a closure or holds what is no parameter of the model.
         NonFiniteError: see above; names the step and the sequences.
         TrainingInterrupted: SIGINT or SIGTERM, after the step was finished and a checkpoint saved.
     """
@@ -157,6 +157,7 @@ class _Run:
             if not hasattr(self.model, "activation_checkpointing"):
                 raise UserError(f"train: activation_checkpointing is not something {type(self.model).__name__} can do")
             self.model.activation_checkpointing = True
+        setup.check_step(self.optimizer)
         checkpoint.optimizer_names(self.model, self.optimizer)  # raises, and now rather than at the first checkpoint
         if config.compile:
             self.loss_function = torch.compile(self.loss_function)

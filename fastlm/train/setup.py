@@ -71,7 +71,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that the settings name; no weight decay on one-dimensional parameters."""
+    """The optimizer that the settings name; no weight decay on one-dimensional parameters.
+
+    Raises UserError where nothing is to be trained.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            f"train: no parameter of {type(model).__name__} has requires_grad; unfreeze what is to be trained"
+        )
     name, groups = config.optimizer, optim.parameter_groups(model, config.weight_decay)
     # The loop itself stops before a step that is not finite.
     options = {"precision": config.optimizer_precision, "average_decay": config.average_decay, "skip_nonfinite": False}
@@ -130,6 +137,15 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, peak: float | None) -
         else:
             group["lr"] = began * (lr / peak)
     return lr if peak is None else float(optimizer.param_groups[0]["lr"])
+
+
+def check_step(optimizer: torch.optim.Optimizer) -> None:
+    """Raises UserError for an optimizer that evaluates the model itself."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(
+            f"train: {type(optimizer).__name__} needs a closure, which the loop does not give; take another optimizer"
+        )
 
 
 def step(optimizer: torch.optim.Optimizer, coefficient: Tensor | None) -> None:

@@ -157,6 +157,15 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path):
         train(make_model(), settings(tmp_path, steps=1), TinyLoader(), optimizer=optimizer)
 
 
+def test_nothing_to_train_and_optimizers_with_a_closure_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no parameter of TinyModel has requires_grad"):
+        train(make_model().requires_grad_(False), settings(tmp_path, steps=1), TinyLoader())
+    model = make_model()
+    with pytest.raises(UserError, match="LBFGS needs a closure"):
+        train(model, settings(tmp_path, steps=1), TinyLoader(), optimizer=torch.optim.LBFGS(model.parameters()))
+    assert not any(tmp_path.iterdir()), "a refused run left something"
+
+
 def test_another_optimizer_does_not_resume(tmp_path):
     train(make_model(), settings(tmp_path, steps=2, evaluate_every=0, optimizer="lion"), TinyLoader())
     model = make_model(seed=1)
