@@ -170,49 +170,45 @@ def test_sequences_of_no_length(device):
 # --- equal things said in two ways ----------------------------------------------------------------------------------
 
 
-def _same(a, b, **tolerance):
-    q, k, v = _qkv(17, 17, H=4, H_kv=2)
+def _same(device, one, other):
+    """Two ways to say the options give the same."""
+    q, k, v = _qkv(17, 17, H=4, H_kv=2, device=device)
     for backend in ("reference", "triton"):
-        torch.testing.assert_close(
-            ops.attention(q, k, v, **a(q), backend=backend),
-            ops.attention(q, k, v, **b(q), backend=backend),
-            **tolerance,
-        )
+        torch.testing.assert_close(*(ops.attention(q, k, v, **said, backend=backend) for said in (one, other)))
 
 
-def test_documents_that_lie_in_order_are_packed_sequences():
-    q, k, v = (x[:1] for x in _qkv(17, 17))
-    ids = torch.tensor([[0] * 5 + [1] * 9 + [2] * 3])
-    cu = torch.tensor([0, 5, 14, 17])
+def test_documents_that_lie_in_order_are_packed_sequences(device):
+    q, k, v = (x[:1] for x in _qkv(17, 17, device=device))
+    ids = torch.tensor([[0] * 5 + [1] * 9 + [2] * 3], device=device)
+    cu = torch.tensor([0, 5, 14, 17], device=device)
     for backend in ("reference", "triton"):
         packed = ops.attention(q[0], k[0], v[0], causal=True, cu_seqlens_q=cu, backend=backend)
         torch.testing.assert_close(ops.attention(q, k, v, causal=True, document_ids=ids, backend=backend)[0], packed)
 
 
-def test_alibi_is_a_bias():
-    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
-    i = torch.arange(17)
-    _same(lambda q: {"alibi_slopes": slopes}, lambda q: {"bias": -slopes[:, None, None] * (i - i[:, None]).abs()})
+def test_alibi_is_a_bias(device):
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=device)
+    i = torch.arange(17, device=device)
+    _same(device, {"alibi_slopes": slopes}, {"bias": -slopes[:, None, None] * (i - i[:, None]).abs()})
 
 
-def test_relative_bias_is_a_bias():
-    table = torch.randn(12, 4)
-    relative = ops.RelativeBias(table, True, 7)
-    i = torch.arange(17)
+def test_relative_bias_is_a_bias(device):
+    relative = ops.RelativeBias(_randn(12, 4, device=device), True, 7)
+    i = torch.arange(17, device=device)
     at = (i - i[:, None]).clamp(-7, 7) + 7
-    _same(lambda q: {"relative_bias": relative}, lambda q: {"bias": relative.by_distance()[:, at]})
+    _same(device, {"relative_bias": relative}, {"bias": relative.by_distance()[:, at]})
 
 
-def test_a_block_mask_is_a_causal_mask():
-    mask = ops.BlockMask.from_rule(lambda b, h, q, k: q >= k, 17, 17, block=16)
-    _same(lambda q: {"block_mask": mask}, lambda q: {"causal": True})
+def test_a_block_mask_is_a_causal_mask(device):
+    mask = ops.BlockMask.from_rule(lambda b, h, q, k: q >= k, 17, 17, block=16).to(device)
+    _same(device, {"block_mask": mask}, {"causal": True})
 
 
-def test_a_sink_is_a_key_without_value():
-    q, k, v = _qkv(5, 7, 1, 2, 2)
-    sinks = torch.tensor([0.5, -0.25])
-    zeros = torch.zeros(1, 1, 2, 16)
-    bias = torch.cat((sinks[:, None, None].expand(2, 5, 1), torch.zeros(2, 5, 7)), -1)
+def test_a_sink_is_a_key_without_value(device):
+    q, k, v = _qkv(5, 7, 1, 2, 2, device=device)
+    sinks = torch.tensor([0.5, -0.25], device=device)
+    zeros = torch.zeros(1, 1, 2, 16, device=device)
+    bias = torch.cat((sinks[:, None, None].expand(2, 5, 1), torch.zeros(2, 5, 7, device=device)), -1)
     want, lse = ops.attention(
         q, torch.cat((zeros, k), 1), torch.cat((zeros, v), 1), bias=bias, return_lse=True, backend="reference"
     )
