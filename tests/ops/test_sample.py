@@ -28,8 +28,7 @@ OPTIONS = [
 def kept(logits, host=False, **options):
     """Which tokens the filters leave."""
     rule = _Rule(logits, None, options.get("temperature", 1.0), host)
-    s = rule.tempered(logits)
-    return rule.kept(s, None, options.get("top_k", 0), None, options.get("top_p", 1.0), None, options.get("min_p", 0.0))
+    return rule.kept(None, options.get("top_k", 0), None, options.get("top_p", 1.0), None, options.get("min_p", 0.0))
 
 
 def filtered(logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
