@@ -56,6 +56,7 @@ class Bench:
             differs from quick, "full" (the last two on a GPU).
         traffic: traffic(mode, *args) -> bytes that must be read and written at least, for mode "forward" and "backward".
         flops: like traffic, in floating point operations. Where given, the rate shown is TFLOP/s, else GB/s.
+        peak: the dtype whose product's rate the forward is set against, where that is not the inputs' own.
         plain: name of the yardstick among the providers.
         modes: subset of MODES; an op without gradient has only "forward".
         dtypes: device type -> dtypes measured there.
@@ -69,6 +70,7 @@ class Bench:
     sizes: dict[str, list[dict]]
     traffic: Callable[..., float] | None = None
     flops: Callable[..., float] | None = None
+    peak: str | None = None
     plain: str = "torch"
     modes: tuple[str, ...] = MODES
     dtypes: dict[str, tuple[torch.dtype, ...]] = field(
@@ -152,8 +154,9 @@ class Row:
     gbps: float | None = None
     tflops: float | None = None
     share: float | None = (
-        None  # of the machine's own rate: a large product's in this dtype, or a copy's (benchmarks/peaks.py)
+        None  # of the machine's own rate: a large product's in this dtype (or `peak`), or a copy's (benchmarks/peaks.py)
     )
+    peak: str | None = None  # the dtype of that product, where it is not `dtype`; "mixed" is set against none
     speedup: float | None = None  # over the plain provider of the same cell
     host_us: float | None = None  # time for the host to queue the call (GPU only)
     peak_mb: float | None = None  # device memory the call needs beyond its arguments (GPU only)
@@ -273,6 +276,7 @@ def measure(
     wanted: Callable[[str], bool] = lambda provider: True,
     left_out: Mapping[str, str] | None = None,
     count_launches: bool = False,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Every mode and provider at one size and dtype: the gate first, then the times.
 
@@ -281,6 +285,7 @@ def measure(
         wanted: names of the providers to measure; the plain one always is.
         left_out: providers that get a row with this reason instead of a time.
         count_launches: on a GPU, by the profiler, which takes a second each.
+        keep: gets the rows of each mode as soon as they are there: what comes after may hang.
     """
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -313,9 +318,12 @@ def measure(
         reasons |= dict.fromkeys(fns, f"no gate: {failure(error)}")
     del gate_args
     rows = [Row(**cell, mode="all", provider=name, reason=reason) for name, reason in reasons.items()]
+    keep(rows)
     names = [name for name in fns if name not in reasons]
     for mode in bench.modes:
-        rows += _measure_mode(bench, cell, mode, {n: fns[n] for n in names}, args, device, seconds, count_launches)
+        found = _measure_mode(bench, cell, mode, {n: fns[n] for n in names}, args, device, seconds, count_launches)
+        keep(found)
+        rows += found
     return rows
 
 
@@ -323,6 +331,7 @@ def _measure_mode(
     bench: Bench, cell: dict, mode: str, fns: dict, args: tuple, device: str, seconds: float, count_launches: bool
 ) -> list[Row]:
     rows, calls = [], {}
+    peak = bench.peak and {"forward": bench.peak, "backward": None, "both": "mixed"}[mode]
     for name, fn in fns.items():
         try:
             calls[name] = prepare(fn, copy_args(args), mode)
@@ -330,21 +339,27 @@ def _measure_mode(
         except Exception as error:  # passed the gate, yet fails here: for want of memory, most likely
             calls.pop(name, None)
             rows.append(Row(**cell, mode=mode, provider=name, reason=failure(error)))
-    samples = time_calls(list(calls.values()), device, seconds) if calls else []
+    try:
+        samples = time_calls(list(calls.values()), device, seconds) if calls else []
+    except Exception as error:  # whose call it was is not known: nobody gets a time
+        return rows + [Row(**cell, mode=mode, provider=name, reason=failure(error)) for name in calls]
     parts = ("forward", "backward") if mode == "both" else (mode,)
     work = {key: sum(fn(part, *args) for part in parts) for key, fn in
             (("traffic", bench.traffic), ("flops", bench.flops)) if fn is not None}  # fmt: skip
     for (name, call), column in zip(calls.items(), samples):
         q1, ms, q3 = quartiles(column)
-        row = Row(**cell, mode=mode, provider=name, ms=ms, q1=q1, q3=q3, samples=len(column))
+        row = Row(**cell, mode=mode, provider=name, ms=ms, q1=q1, q3=q3, samples=len(column), peak=peak)
         if "traffic" in work:
             row.gbps = work["traffic"] / ms / 1e6
         if "flops" in work:
             row.tflops = work["flops"] / ms / 1e9
-        if device == "cuda":
-            row.host_us, row.peak_mb = host_us(call), peak_mb(call)
-            row.launches = launches(call) if count_launches else None
         rows.append(row)
+        if device == "cuda":
+            try:
+                row.host_us, row.peak_mb = host_us(call), peak_mb(call)
+                row.launches = launches(call) if count_launches else None
+            except Exception as error:  # a call that fails now and then: its time is worth nothing
+                rows[-1] = Row(**cell, mode=mode, provider=name, reason=failure(error))
     base = next((r.ms for r in rows if r.provider == bench.plain), None)
     for row in rows:
         row.speedup = base / row.ms if base and row.ms else None

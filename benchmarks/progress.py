@@ -13,7 +13,7 @@ class Progress:
     """Context manager around `total` steps; `now(what)` names the step that begins, `done()` ends it."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.count, self.start, self.what = total, 0, time.monotonic(), ""
+        self.total, self.count, self.start = total, 0, time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
             self.bar = progress.Progress(
@@ -37,16 +37,16 @@ class Progress:
             self.bar.stop()
 
     def now(self, what: str) -> None:
-        """Names the step that begins."""
-        self.what = what
+        """Names the step that begins: the last line of a run that hung or died tells where."""
         if self.bar:
             self.bar.update(self.task, description=what)
+            return
+        passed = time.monotonic() - self.start
+        left = f", {passed / self.count * (self.total - self.count):.0f} s left" if self.count else ""
+        print(f"  {self.count + 1}/{self.total}{left}: {what}", file=sys.stderr, flush=True)
 
     def done(self) -> None:
         """Ends the step."""
         self.count += 1
         if self.bar:
             self.bar.advance(self.task)
-            return
-        left = (time.monotonic() - self.start) / self.count * (self.total - self.count)
-        print(f"  {self.count}/{self.total}, {left:.0f} s left: {self.what}", file=sys.stderr, flush=True)

@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tests.gpu_guard import pytest_runtest_makereport  # noqa: F401
+
 # Minutes each: begun last, one process would wait for the other.
 LONGEST = ("test_aot.py", "test_cuda_library.py", "test_backends_train_alike.py")
 

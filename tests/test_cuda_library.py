@@ -34,6 +34,16 @@ def library(objects):
     return OBJECTS / "test" / build_library.NAME
 
 
+def library_or_installed(request):
+    """The installed package's file if it can be used, else `library`, which takes minutes to build."""
+    return _cuda.PATH if _cuda.unavailable() is None else request.getfixturevalue("library")
+
+
+def test_an_installed_library_is_not_built_again(monkeypatch):
+    monkeypatch.setattr(_cuda, "unavailable", lambda: None)
+    assert library_or_installed(None) == _cuda.PATH
+
+
 def _tool(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -282,9 +292,9 @@ def test_an_old_nvcc_is_told_from_one_that_can(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@needs_nvcc
+@pytest.mark.skipif(bool(WHY_NOT) and not _cuda.PATH.exists(), reason=WHY_NOT)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu(library, tmp_path):
+def test_on_a_gpu(request):
     """The numbers, on a second stream: here the host body stands in (tests/csrc)."""
     code = """
 import os, sys, torch
@@ -322,4 +332,4 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         s = torch.softmax(residual.detach().float(), -1).to(dtype).float()
         torch.testing.assert_close(dx, (s * (x.float() - (x.float() * s).sum(-1, keepdim=True))).to(dtype))
 """
-    run([sys.executable, "-c", code, library], ROOT, PYTHONPATH=os.fspath(ROOT))
+    run([sys.executable, "-c", code, library_or_installed(request)], ROOT, PYTHONPATH=os.fspath(ROOT))

@@ -22,7 +22,7 @@ from benchmarks.harness import failure
 from benchmarks.lines import Lines
 from benchmarks.machine import machine
 from benchmarks.models.cost import train_flops
-from benchmarks.peaks import peaks
+from benchmarks.peaks import rates as measured_rates
 from fastlm.models import Transformer, preset
 
 MODELS = {"cpu": ("gpt2-6x384", "llama-6x384"), "cuda": ("gpt2", "llama-3.2-1b")}
@@ -42,10 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=40.0, help="per model and dtype")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder; rows are appended to train.jsonl there")
+    parser.add_argument("--rates", type=Path, help="file of the machine's rates; measured and written if there is none")
     options = parser.parse_args(argv)
     batch, context = SHAPE[options.device]
     options.batch, options.context = options.batch or batch, options.context or context
-    rates = peaks((torch.float32, torch.bfloat16), options.device)
+    rates = measured_rates(options.device, options.rates)
     header = machine(options.device) | {name: round(value, 3) for name, value in rates.items()}
     print("  ".join(f"{k}: {v}" for k, v in header.items() if k != "kind"))
     lines = Lines(options.out and options.out / "train.jsonl", header)

@@ -1,12 +1,13 @@
 """The harness refuses times to wrong providers, says why others are missing, and takes turns fairly."""
 
+import dataclasses
 import json
 import time
 
 import pytest
 import torch
 
-from benchmarks import clock, harness, run
+from benchmarks import clock, harness, peaks, run
 from benchmarks.harness import Bench, Provider, Row, measure, plain
 from benchmarks.lines import Lines
 from benchmarks.machine import machine
@@ -246,3 +247,66 @@ def test_the_command_prints_a_table_and_appends_lines(tmp_path, capsys):
     forward = next(line.split() for line in short.splitlines() if "float32  forward" in line)
     assert forward[:4] == ["rms_norm", "float32", "forward", "2"] and "backward" in short and " both " not in short
     assert run.main(["--list"]) == 0 and "rms_norm" in capsys.readouterr().out.split()
+
+
+def test_an_error_while_calls_are_timed_is_a_row_of_its_mode(monkeypatch):
+    """Rows of the modes before it are there already, and the mode after it is measured."""
+    timed, calls = harness.time_calls, []
+
+    def second_fails(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA error: misaligned address")
+        return timed(*arguments)
+
+    kept = []
+    monkeypatch.setattr(harness, "time_calls", second_fails)
+    found = measure(BENCH, {"n": 8}, torch.float32, "cpu", seconds=0.001, keep=lambda rows: kept.append(list(rows)))
+    assert [r.reason for r in kept[2]] == ["failed: RuntimeError: CUDA error: misaligned address"]
+    assert [(r.mode, r.ms is not None) for rows in kept[1:] for r in rows] == [
+        ("forward", True),
+        ("backward", False),
+        ("both", True),
+    ]
+    assert [r for rows in kept for r in rows] == found
+
+
+def test_a_cell_that_cannot_be_made_is_a_row_and_the_next_is_measured(tmp_path, monkeypatch):
+    def make(dtype, device, n):
+        if n == 7:
+            raise MemoryError("no room")
+        return _make(dtype, device, n)
+
+    bench = dataclasses.replace(BENCH, make=make, providers=[plain(_right)])
+    lines = Lines(tmp_path / "ops.jsonl", {})
+    cells = run.Run("tiny", "cpu", lines, {})
+    (row,) = cells.measure(bench, {"n": 7}, torch.float32)
+    assert row.reason == "failed: MemoryError: no room" and len(cells.measure(bench, {"n": 8}, torch.float32)) == 3
+    assert (tmp_path / "ops.jsonl").read_text().count("no room") == 1
+
+
+def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(peaks, "peaks", lambda dtypes, device: {"copy_gbps": 5.0})
+    assert peaks.rates("cpu", tmp_path / "rates.json") == {"copy_gbps": 5.0}
+    monkeypatch.setattr(peaks, "peaks", None)
+    assert peaks.rates("cpu", tmp_path / "rates.json") == {"copy_gbps": 5.0}
+
+
+def test_8_bit_products_are_set_against_their_own_rate():
+    """The forward's; the backward's products have 16 bits, and what is both is set against neither."""
+    bench = dataclasses.replace(BENCH, providers=[plain(_right)], traffic=None, peak=peaks.FP8)
+    rows = measure(bench, {"n": 8}, torch.bfloat16, "cpu", seconds=0.001)
+    set_shares(rows, {f"{peaks.FP8}_tflops": 2.0, "bfloat16_tflops": 1.0, "copy_gbps": 9.0})
+    shares = {r.mode: r.share and r.share / r.tflops for r in rows}
+    assert shares == {"forward": pytest.approx(0.5), "backward": pytest.approx(1.0), "both": None}
+
+
+def test_what_torch_compiles_is_known_by_its_name():
+    names = {p.name for stem in run.ops_with_benchmarks() for bench in run.benches(stem) for p in bench.providers}
+    assert {n for n in names if run.is_compiled(n)} == {
+        "torch.compile",
+        "compiled",
+        "flex",
+        "torch._scaled_mm, compiled",
+        "batched, torch.compile",
+    }

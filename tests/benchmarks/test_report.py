@@ -92,7 +92,7 @@ def test_of_a_cell_measured_twice_the_latest_counts(folder):
 
 def test_a_run_ends_with_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(run.SECONDS, "quick", 0.001)
-    monkeypatch.setattr(run, "peaks", lambda dtypes, device: {"copy_gbps": 10.0, "float32_tflops": 0.1})
+    monkeypatch.setattr(run, "rates", lambda device, kept: {"copy_gbps": 10.0, "float32_tflops": 0.1})
     assert run.main(["--op", "activation", "--device", "cpu", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "README.md").read_text()
     assert "| `activation` |" in page and (tmp_path / "speed.png").exists()
