@@ -6,6 +6,9 @@ One line an instruction: how many values were compared, how many differ, the wor
 (of NaN in fp32 only that it is one), errors within what csrc/device/cuda.h states. Exit status 0 if all agree, 1 if any differ or
 the GPU failed, 2 if nothing could be run: no GPU, no compiler. --dry takes the host body in another order for the GPU.
 
+A launch that is refused is a failure of its case. After a kernel that fails, or has not ended after 20 s, another process goes on
+with the next case (conformance_run.py); --stand-in rehearses that.
+
 The cases: tests/csrc/conformance_cases.py. Libraries are kept in build/conformance: a folder built elsewhere serves a machine
 without nvcc and g++.
 """
@@ -17,10 +20,11 @@ import ctypes
 import dataclasses
 import hashlib
 import math
+import os
 import shutil
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +34,7 @@ import torch
 from torch import Tensor
 
 from tests.csrc.conformance_cases import CASES, Case
+from tests.csrc.conformance_run import BROKEN, DeviceBroken, DeviceError, Tally, run_apart, wait_for
 from tests.csrc.host_library import CSRC, FLAGS, ROOT, Both, HostError, HostLibrary, In, Out, link
 from tests.wheels import build_library
 
@@ -41,10 +46,6 @@ _DRY_ORDER = "random, copies late, products late"
 
 class CannotRun(Exception):
     """Something a comparison needs is not on this machine."""
-
-
-class DeviceError(Exception):
-    """A launch or a kernel failed on the GPU."""
 
 
 @dataclasses.dataclass
@@ -150,17 +151,38 @@ class OnDevice(Side):
         return ctypes.CDLL(str(built(source, self.architecture)))
 
     def run(self, case: Case, values: Sequence) -> list[Tensor]:
-        values = [type(v)(v.tensor.cuda()) if isinstance(v, In) else v for v in values]
-        arguments = [_argument(v) for v in values]
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        code = getattr(self.library(case.source), case.launcher)(*arguments, stream)
+        try:
+            values = [type(v)(v.tensor.cuda()) if isinstance(v, In) else v for v in values]
+            arguments = [_argument(v) for v in values]
+            stream = torch.cuda.current_stream()
+            code = getattr(self.library(case.source), case.launcher)(*arguments, ctypes.c_void_p(stream.cuda_stream))
+            wait_for(stream.record_event().query)
+            results = [t.cpu() for t in _results(values)]
+        except RuntimeError as error:  # a later call tells what the kernel did
+            raise DeviceBroken(f"the kernel failed: {str(error).splitlines()[0]}") from None
         if code:
             raise DeviceError(f"the launch was refused with CUDA error {code}")
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise DeviceError(f"the kernel failed: {str(error).splitlines()[0]}") from None
-        return [t.cpu() for t in _results(values)]
+        return results
+
+
+class StandIn(OnHost):
+    """The host body as a GPU that refuses, fails or hangs at one case."""
+
+    def __init__(self, name: str, how: str) -> None:
+        super().__init__(_DRY_ORDER)
+        self._name, self._how, self._broken = name, how, False
+
+    def run(self, case: Case, values: Sequence) -> list[Tensor]:
+        if self._broken:
+            raise DeviceBroken("the kernel failed: it was broken before")
+        if self._name in case.name:
+            self._broken = self._how != "refuses"
+            if self._how == "dies":
+                os.abort()
+            if self._how == "hangs":
+                wait_for(lambda: False, 0.1)
+            raise DeviceBroken("the kernel failed") if self._broken else DeviceError("the launch was refused")
+        return super().run(case, values)
 
 
 def compare(case: Case, device: Side, host: Side, seed: int, repeats: int) -> Found:
@@ -182,36 +204,37 @@ def compare(case: Case, device: Side, host: Side, seed: int, repeats: int) -> Fo
     return total
 
 
-def run(device: Side, host: Side, cases: Sequence[Case], seed: int, repeats: int) -> int:
-    """Prints a line a case; 1 if any differs or fails, else 0."""
-    bad, values, start = [], 0, time.perf_counter()
+def run(device: Side, host: Side, cases: Sequence[Case], seed: int, repeats: int, tally: Tally | None = None) -> int:
+    """Prints a line for each case from tally.next on; 1 if any differs or fails, else 0; BROKEN if the GPU can do no more before
+    all cases have run."""
+    tally = tally or Tally()
+    todo = cases[tally.next :]
     with ThreadPoolExecutor() as pool:  # compiles
         for side in (device, host):
-            list(pool.map(side.library, {case.source for case in cases if device.has(case)}))
-    for case in cases:
-        print(f"{case.name:<44}", end=" ", flush=True)  # before it runs: the last line names what hung
+            list(pool.map(side.library, {case.source for case in todo if device.has(case)}))
+    for case in todo:
+        print(f"{case.name:<44}", end=" ", flush=True)  # before it runs: the last line names what ended the process
+        tally.begin(case.name)
         if not device.has(case):
             print(f"not run: for compute capability {', '.join(f'{m}.x' for m in case.majors)}")
+            tally.good()
             continue
         try:
             found = compare(case, device, host, seed, repeats)
         except (HostError, DeviceError) as error:
-            print(f"FAILED  {error}")
-            bad.append(case.name)
-            if isinstance(error, DeviceError):
-                print("a GPU that failed runs nothing more in this process; name the others with --only")
-                break
+            print(f"FAILED  {error}", flush=True)
+            if isinstance(error, DeviceBroken) and tally.next < len(cases):
+                return BROKEN
             continue
-        values += found.values
+        tally.values += found.values
         worst = f"  worst error 2^{math.log2(found.worst):.1f}" if found.worst else ""
         print(
             f"{found.values:>9} values  {found.wrong:>6} differ{worst}" + (f"  {found.example}" if found.wrong else "")
         )
-        if found.wrong:
-            bad.append(case.name)
-    verdict = f"{len(bad)} of {len(cases)} cases differ or failed" if bad else f"all {len(cases)} cases agree"
-    print(f"conformance: {verdict}; {values} values, {time.perf_counter() - start:.1f} s")
-    return 1 if bad else 0
+        if not found.wrong:
+            tally.good()
+    print(tally.verdict(len(cases)), flush=True)
+    return 1 if tally.bad else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -221,26 +244,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=None, help="how often each case is run on other data (5; dry 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
     parser.add_argument("--dry", action="store_true", help=f"for the GPU take {DRY}")
+    parser.add_argument(
+        "--stand-in", nargs=2, metavar=("NAME", "HOW"), help="a GPU that refuses, fails, hangs or dies there"
+    )
+    parser.add_argument("--tally", type=Path, help="what was found so far; with it the run stays in this process")
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     cases = [c for c in CASES if not options.only or any(word in c.name for word in options.only)]
     if not cases:
         print(f"conformance: no case is named like {', '.join(options.only)}", file=sys.stderr)
         return 2
+    if not (options.dry or options.stand_in or torch.cuda.is_available()):
+        print(
+            "conformance: torch sees no CUDA GPU; run it where there is one, or --dry for a rehearsal", file=sys.stderr
+        )
+        return 2
+    if options.tally is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return run_apart(arguments, len(cases), Path(folder, "tally.json"))
+    tally = Tally.read(options.tally)
     try:
-        if options.dry:
+        if options.stand_in:
+            device, name = StandIn(*options.stand_in), "a stand-in"
+        elif options.dry:
             device, name = OnHost(_DRY_ORDER), DRY
-        elif torch.cuda.is_available():
+        else:
             device = OnDevice()
             name = f"{torch.cuda.get_device_name()}, {device.architecture}"
-        else:
-            raise CannotRun("torch sees no CUDA GPU; run it where there is one, or --dry for a rehearsal")
-        print(f"conformance of {name} with the host body", flush=True)
+        if tally.next == 0:
+            print(f"conformance of {name} with the host body", flush=True)
         repeats = options.repeats if options.repeats is not None else 1 if options.dry else 5
-        return run(device, OnHost(), cases, options.seed, repeats)
+        return run(device, OnHost(), cases, options.seed, repeats, tally)
     except CannotRun as error:
         print(f"conformance: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    result = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(result)  # a GPU that hangs is not waited for

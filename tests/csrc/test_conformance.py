@@ -3,14 +3,16 @@
 import ctypes
 import dataclasses
 import re
+import subprocess
 
 import pytest
 import torch
 
-from tests.csrc import conformance, host_library
-from tests.csrc.conformance import DeviceError, OnHost, Side, built, compare, main, run
+from tests.csrc import conformance, conformance_run, host_library
+from tests.csrc.conformance import OnHost, Side, built, compare, main, run
 from tests.csrc.conformance_cases import CASES, within
 from tests.csrc.conformance_oracle import ORACLES
+from tests.csrc.conformance_run import BROKEN, DeviceBroken, Tally
 from tests.csrc.host_library import In, needs_compiler, needs_nvcc
 
 
@@ -53,8 +55,8 @@ def test_the_host_body_gives_what_torch_does(case, host):
 
 
 @needs_compiler
-def test_a_rehearsal_names_every_case(capsys):
-    assert main(["--dry"]) == 0
+def test_a_rehearsal_names_every_case(tmp_path, capsys):
+    assert main(["--dry", "--tally", str(tmp_path / "tally.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "threads in random order" in lines[0] and re.search(rf"all {len(CASES)} cases agree; \d+ values", lines[-1])
     assert [line.split("  ")[0] for line in lines[1:-1]] == [c.name for c in CASES]
@@ -96,15 +98,57 @@ def test_errors_are_relative_down_to_the_floor():
 @needs_compiler
 def test_a_gpu_that_fails_ends_the_run_and_other_gpus_instructions_are_passed_over(host, capsys):
     def fail(_):
-        raise DeviceError("the kernel failed: illegal memory access")
+        raise DeviceBroken("the kernel failed: illegal memory access")
 
     hopper = dataclasses.replace(named("fill_zero"), name="hopper's", majors=(9,))
-    assert run(Changed(fail), host, [hopper, named("philox"), named("warp_ballot")], 0, 1) == 1
+    assert run(Changed(fail), host, [hopper, named("philox"), named("warp_ballot")], 0, 1) == BROKEN
     out = capsys.readouterr().out
     assert (
         "not run: for compute capability 9.x" in out and "FAILED  the kernel failed" in out and "warp_ballot" not in out
     )
     assert run(Changed(lambda t: t), host, [hopper], 0, 1) == 0
+
+
+THREE = ["warp_ballot, _any, _all", "fill_zero", "philox"]  # in the order of CASES
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["refuses", "hangs"])
+def test_the_run_goes_on_after_a_refused_launch_and_a_hung_kernel(how, tmp_path, capsys):
+    """`refuses` in the process that it is in; of `hangs` the process that goes on, with the tally of the one before it."""
+    options = [word for name in THREE for word in ("--only", name)] + ["--tally", str(tmp_path / "tally.json")]
+    options += ["--stand-in", "fill_zero", how]
+    assert main(options) == (1 if how == "refuses" else BROKEN)
+    lines = capsys.readouterr().out.splitlines()
+    assert ("FAILED  the launch was refused" if how == "refuses" else "FAILED  HUNG: the kernel did not end") in lines[
+        2
+    ]
+    if how == "hangs":
+        assert len(lines) == 3 and main(options) == 1
+        lines += capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:-1]] == THREE and "1 of 3 cases differ or failed;" in lines[-1]
+
+
+@needs_compiler
+def test_another_process_goes_on_after_one_that_a_case_has_ended(capfd):
+    """The whole command, its process killed by the case in the middle."""
+    options = [word for name in THREE for word in ("--only", name)]
+    assert main([*options, "--stand-in", "fill_zero", "dies"]) == 1
+    out = capfd.readouterr().out
+    assert out.count("conformance of a stand-in") == 1 and "FAILED  its process ended with exit status -6" in out
+    assert out.index("fill_zero") < out.index("philox") and "1 of 3 cases differ or failed;" in out
+
+
+def test_a_run_that_fails_at_every_case_gives_up(tmp_path, monkeypatch, capsys):
+    def broken(command):
+        tally = Tally.read(path)
+        tally.begin(f"case {tally.next}")
+        return subprocess.CompletedProcess(command, BROKEN)
+
+    path = tmp_path / "tally.json"
+    monkeypatch.setattr(conformance_run.subprocess, "run", broken)
+    assert conformance_run.run_apart([], 30, path) == 1
+    assert "conformance: 9 of 30 cases differ or failed, 21 were not run; 0 values" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on it")
@@ -117,7 +161,10 @@ def test_without_a_compiler_it_says_so(tmp_path, monkeypatch, capsys):
     for module in (conformance, host_library):
         monkeypatch.setattr(module, "BUILT", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["--dry"]) == 2 and "is not built, and cannot be here: " in capsys.readouterr().err
+    assert (
+        main(["--dry", "--tally", str(tmp_path / "t")]) == 2
+        and "is not built, and cannot be here: " in capsys.readouterr().err
+    )
 
 
 @needs_nvcc
@@ -132,6 +179,6 @@ def test_nvcc_builds_it_with_every_launcher(source):
 @needs_nvcc
 @needs_compiler
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu(capsys):
+def test_on_a_gpu(capfd):
     status = main(["--repeats", "2"])
-    assert status == 0, capsys.readouterr().out
+    assert status == 0, capfd.readouterr().out
