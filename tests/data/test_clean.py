@@ -2,6 +2,8 @@ import dataclasses
 import unicodedata
 
 import pytest
+
+pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 

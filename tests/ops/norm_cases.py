@@ -342,7 +342,7 @@ class NormTests:
 
     # --- errors, derivatives --------------------------------------------------------------------------------------
 
-    def test_errors(self):
+    def test_errors(self, device):
         x, weight, name = torch.randn(2, 8), torch.randn(8), self.norm.name
         with pytest.raises(ValueError, match=rf"{name}: weight must be \[8\]"):
             self.norm.op(x, weight[:7])
@@ -368,9 +368,9 @@ class NormTests:
         with pytest.raises(ValueError, match="its kernels take float32, bfloat16, float16, got float64"):
             self.norm.op(x.double(), backend="triton")
         with pytest.raises(ValueError, match="its rows are at most 262144 wide, got 262145"):
-            self.norm.op(torch.empty(1, 262145), backend="triton")
+            self.norm.op(torch.empty(1, 262145, device=device), backend="triton")
         with pytest.raises(ValueError, match=r"its rows are numbered in 32 bits: fewer than 2\^31 of them"):
-            ops.explain(self.norm.op, torch.empty(1).expand(2**31, 1), backend="triton")
+            ops.explain(self.norm.op, torch.empty(1, device=device).expand(2**31, 1), backend="triton")
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_torch_form_differentiates_twice(self, kind):

@@ -378,9 +378,9 @@ def test_errors_of_packed_sequences(match, options):
         ops.attention(*(x[0] for x in _qkv()), **options)
 
 
-def test_slopes_have_no_gradient_in_the_kernels():
-    q, k, v = _qkv()
-    slopes = torch.ones(2, requires_grad=True)
+def test_slopes_have_no_gradient_in_the_kernels(device):
+    q, k, v = _qkv(device=device)
+    slopes = torch.ones(2, device=device, requires_grad=True)
     with pytest.raises(ValueError, match="no gradient of alibi_slopes"):
         ops.attention(q, k, v, alibi_slopes=slopes, backend="triton")
     out = ops.attention(q, k, v, alibi_slopes=slopes, backend="reference")

@@ -218,7 +218,7 @@ def test_compiled_code():
     assert loops == ahead == 2 * 3 * 3 * 2
 
 
-def test_explain_and_errors():
+def test_explain_and_errors(device):
     q, k, v, lengths, table = cases.inputs("cpu", 4, lengths=(37, 18), garbage=False)
     args = {"q": q, "k_cache": k, "v_cache": v, "lengths": lengths, "page_table": table}
     assert ops.explain(decode_attention, **args).backend == "torch"
@@ -258,6 +258,6 @@ def test_explain_and_errors():
             decode_attention(**{**args, **change})
     with torch.no_grad():
         decode_attention(**{**args, "q": q.clone().requires_grad_()})
-    wide = torch.randn(1, 1, 1, 264)
+    wide = torch.randn(1, 1, 1, 264, device=device)
     with pytest.raises(ValueError, match="its heads are at most 256 wide, got 264"):
-        decode_attention(wide, wide, wide, torch.ones(1, dtype=torch.int64), backend="triton")
+        decode_attention(wide, wide, wide, torch.ones(1, dtype=torch.int64, device=device), backend="triton")

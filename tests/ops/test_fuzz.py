@@ -8,6 +8,9 @@ import sys
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -264,8 +264,8 @@ def test_where_pairs_were_not_shown_to_hold_steps_are_single(shape, options, mon
     ops.newton_schulz(torch.randn(384, 768), steps=1, backend="torch")
 
 
-def test_errors():
-    x = torch.randn(3, 4)
+def test_errors(device):
+    x = torch.randn(3, 4, device=device)
     with pytest.raises(ValueError, match=r"newton_schulz: matrices must be \[..., M, N\], got \[4\]"):
         ops.newton_schulz(x[0])
     with pytest.raises(TypeError, match="newton_schulz: matrices must be a floating point tensor, got torch.int64"):
@@ -291,4 +291,4 @@ def test_errors():
     with pytest.raises(ValueError, match="its kernels compute in float32, bfloat16 or float16, not float64"):
         ops.newton_schulz(x, dtype=torch.float64, backend="triton")
     with pytest.raises(ValueError, match="its grid holds at most 65535 matrices, got 65536"):
-        ops.newton_schulz(torch.empty(65536, 1, 1), backend="triton")
+        ops.newton_schulz(torch.empty(65536, 1, 1, device=device), backend="triton")

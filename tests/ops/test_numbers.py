@@ -53,9 +53,10 @@ def test_numbers_that_no_call_can_mean(backend):
                 call(**{name: value})
 
 
-def test_the_smallest_softcaps_and_temperatures():
+def test_the_smallest_softcaps_and_temperatures(device):
     """What the checks let through gives numbers."""
-    q, x, target = torch.randn(1, 2, 2, 16), torch.randn(3, 8), torch.tensor([0, 1, 2])
+    q, x = torch.randn(1, 2, 2, 16, device=device), torch.randn(3, 8, device=device)
+    target = torch.tensor([0, 1, 2], device=device)
     for backend in ("reference", "triton"):
         for softcap in (1e-37, 1e-30, 1e38):
             q[0, 0] = 0
@@ -68,10 +69,11 @@ def test_the_smallest_softcaps_and_temperatures():
 
 @pytest.mark.parametrize("backend", ("reference", "torch", "triton"))
 @pytest.mark.parametrize("wrong", [-1, 11, 2**62])
-def test_targets_out_of_range(backend, wrong, monkeypatch):
+def test_targets_out_of_range(backend, wrong, device, monkeypatch):
     """Where values are read (the CPU, or check=True) an error names the place; where nobody looks the loss is NaN."""
-    x, weight, target = torch.randn(2, 3, 8), torch.randn(11, 8), torch.tensor([[0, 1, 2], [-100, wrong, wrong]])
-    class_weight = torch.rand(11)
+    where = device if backend == "triton" else "cpu"
+    x, weight, class_weight = (torch.rand(shape, device=where) for shape in ((2, 3, 8), (11, 8), (11,)))
+    target = torch.tensor([[0, 1, 2], [-100, wrong, wrong]], device=where)
 
     def calls(**options):
         linear = {"backend": backend, **options}
@@ -82,7 +84,7 @@ def test_targets_out_of_range(backend, wrong, monkeypatch):
         yield lambda: ops.linear_logprobs(x, weight, target, **linear).logp
 
     said = rf"^\w+: target must be in \[0, 11\) or ignore_index=-100, got {wrong} at \[1, 1\], 2 such of 6; put ignore_index"
-    for call in calls():
+    for call in calls(check=where != "cpu"):
         with pytest.raises(ValueError, match=said):
             call()
     # As on a GPU, where no value is read: torch's own functions, which look, are not called there.

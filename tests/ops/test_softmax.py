@@ -244,7 +244,7 @@ def test_write_outside_a_tensor_is_seen(device):
         check_guards(_case("none"), "triton", device)
 
 
-def test_errors():
+def test_errors(device):
     x = torch.randn(2, 8)
     with pytest.raises(TypeError, match="softmax: x must be floating point"):
         ops.softmax(torch.ones(2, dtype=torch.int64))
@@ -260,9 +260,9 @@ def test_errors():
     with pytest.raises(ValueError, match="softmax: mask gets no gradient"):
         ops.softmax(x, mask=torch.zeros(8, requires_grad=True))
     with pytest.raises(ValueError, match="its rows are at most 262144 wide, got 262145"):
-        ops.softmax(torch.empty(1, 262145), backend="triton")
+        ops.softmax(torch.empty(1, 262145, device=device), backend="triton")
     with pytest.raises(ValueError, match=r"its rows are numbered in 32 bits: fewer than 2\^31 of them"):
-        ops.explain(ops.softmax, torch.empty(1).expand(2**31, 1), backend="triton")
+        ops.explain(ops.softmax, torch.empty(1, device=device).expand(2**31, 1), backend="triton")
 
 
 @pytest.mark.parametrize("kind", MASKS)
