@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Tests and measures fastlm on a GPU machine that has its own torch and triton and no network, within nine minutes.
 #
-#   benchmarks/gpu.sh [--dry] [--wheel FILE] [--only conformance|correctness|ops|attention|models|sanitizer]... [OUTDIR]
+#   benchmarks/gpu.sh [--dry] [--wheel FILE] [--seconds N] [--only conformance|correctness|ops|attention|models|sanitizer]...
+#                    [OUTDIR]
 #
 # Nine minutes do not hold all of it. A plain call does what fits, in order of worth: the instructions of csrc/device against their
 # host body, the op tests of the hot ops compiled, the CUDA kernels' tests, every op without torch.compile, models, and with what is
@@ -10,7 +11,7 @@
 # folder. --only takes a part (several allowed); sanitizer, the CUDA kernels under compute-sanitizer, runs only so. OUTDIR (default
 # gpu-results) gets summary.txt, tests.txt (install, conformance, tests), ops.txt, ops.jsonl, train.jsonl and generate.jsonl; what is
 # there is kept if the run is stopped. A short table comes last; `python -m benchmarks report OUTDIR` makes the page. --dry walks the
-# same path on a CPU with tiny sizes.
+# same path on a CPU with tiny sizes; --seconds takes another limit than 525.
 set -uo pipefail
 set -m # else bash lets background jobs ignore the SIGINT by which pytest is asked to stop and sum up
 
@@ -20,12 +21,13 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --dry) dry=1 ;;
     --wheel) wheel="$(realpath "$2")"; shift ;;
+    --seconds) limit="$2"; shift ;;
     --only)
       case "${2:-}" in
         conformance|correctness|ops|attention|models|sanitizer) only="$only $2"; shift ;;
         *) echo "gpu.sh: --only takes conformance, correctness, ops, attention, models or sanitizer, not '${2:-}'" >&2; exit 2 ;;
       esac ;;
-    -h|--help) sed -n '2,13p' "$0" | cut -c3-; exit 0 ;;
+    -h|--help) sed -n '2,14p' "$0" | cut -c3-; exit 0 ;;
     -*) echo "gpu.sh: unknown option $1; see --help" >&2; exit 2 ;;
     *) out="$1" ;;
   esac
@@ -221,7 +223,7 @@ model() {
     training=(--seconds 0.1 --model "$1" --dtype fp32 --batch 2 --context 32)
     decoding=(--seconds 0.1 --model "$1" --dtype fp32 --prompt 4 --new 8)
   fi
-  local -x OMP_NUM_THREADS=8 # weights are made on the CPU
+  local -x OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) # weights are made on the CPU
   timed "training $name" "$(share "$each" models 30)" benchmarks.models.bench_train "${training[@]}"
   timed "decoding $name" "$(share "$each" models)" benchmarks.models.bench_generate "${decoding[@]}"
 }
