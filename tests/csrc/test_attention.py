@@ -180,7 +180,7 @@ BUGS = {
     "no fence before the copy out": ("    fence_async_shared();\n", ""),
     "no barrier before the copy out": ("    fence_async_shared();\n    named_barrier(kStore + group, 128);\n",
         "    fence_async_shared();\n"),
-    "no barrier before the queries are overwritten": ("    named_barrier(kStore + group, 128);\n#pragma unroll", "#pragma unroll"),
+    "no barrier before the queries go": ("    named_barrier(kStore + group, 128);\n#pragma unroll", "#pragma unroll"),
     "one warp frees a slot for four": ("t % 32 == 0) mbarrier_arrive(empty + n % kStages);",
         "t == 0) for (int i = 0; i < 4; ++i) mbarrier_arrive(empty + n % kStages);"),
     "the copy out not waited for": ("      bulk_wait_read<0>();\n", ""),

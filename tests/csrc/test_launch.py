@@ -1,5 +1,5 @@
-"""Launches of csrc/device/cuda.h from several threads and on several devices, and tensor maps of cuda_async.h on a thread without a
-context, with the CUDA runtime's part played on the CPU."""
+"""Launches of csrc/device/cuda.h from several threads and on several devices, and tensor maps of cuda_async.h on a thread
+without a context, with the CUDA runtime's part played on the CPU."""
 
 import subprocess
 
