@@ -26,17 +26,17 @@ each_class = pytest.mark.parametrize("name", CLASSES)
 each_mode = pytest.mark.parametrize("mode", MODES)
 
 
-def make_params(dtype=torch.float32, seed=0):
+def make_params(dtype=torch.float32, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    values = {k: torch.randn(s, generator=generator) for k, s in SHAPES.items()}
+    values = {k: torch.randn(s, generator=generator).to(device) for k, s in SHAPES.items()}
     return {k: torch.nn.Parameter(v.to(torch.float32 if k == "vector" else dtype)) for k, v in values.items()}
 
 
-def make(name, mode="fp32", **options):
+def make(name, mode="fp32", device="cpu", **options):
     """-> parameters by name, optimizer with two groups."""
     cls, hyper = CLASSES[name]
     dtype, stored = MODES[mode]
-    params = make_params(dtype)
+    params = make_params(dtype, device=device)
     plain = [params["scalar"], params["vector"]]
     groups = [{"params": [params["wide"], params["matrix"]]}, {"params": plain, "weight_decay": 0.0}]
     return params, cls(groups, **hyper, **stored, **options)
@@ -45,7 +45,7 @@ def make(name, mode="fp32", **options):
 def set_gradients(params, seed, scale=1.0):
     generator = torch.Generator().manual_seed(100 + seed)
     for p in params.values():
-        p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
+        p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p)
 
 
 def run(params, optimizer, seeds, **kwargs):

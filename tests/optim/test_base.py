@@ -31,10 +31,11 @@ def _spoil(params, place, bad):
 @each_class
 @each_mode
 @pytest.mark.parametrize("known", (True, False), ids=("host", "device"))
-def test_a_non_finite_gradient_changes_nothing(name, mode, known, monkeypatch):
+def test_a_non_finite_gradient_changes_nothing(name, mode, known, device, monkeypatch):
     """known=False: as on a GPU, where the host does not wait to hear of it; the kernels decide."""
-    params, optimizer = make(name, mode)
-    other, untroubled = make(name, mode)
+    where = "cpu" if known else device
+    params, optimizer = make(name, mode, where)
+    other, untroubled = make(name, mode, where)
     if not known:
         monkeypatch.setattr(optim.FusedOptimizer, "_is_known", lambda *_: False)
     count = 0
@@ -59,10 +60,10 @@ def test_a_non_finite_gradient_changes_nothing(name, mode, known, monkeypatch):
 
 
 @each_class
-def test_a_first_step_may_be_skipped(name, monkeypatch):
+def test_a_first_step_may_be_skipped(name, device, monkeypatch):
     monkeypatch.setattr(optim.FusedOptimizer, "_is_known", lambda *_: False)
-    params, optimizer = make(name, "average")
-    other, untroubled = make(name, "average")
+    params, optimizer = make(name, "average", device)
+    other, untroubled = make(name, "average", device)
     with use_backend("triton"):
         set_gradients(params, 1)
         params["wide"].grad[0, 0] = math.nan

@@ -14,7 +14,7 @@ def run(params, optimizer, seeds):
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=generator).to(p.device)
         optimizer.step()
 
 
@@ -39,15 +39,15 @@ def test_ten_steps_equal_torch(options):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
-def test_a_first_skipped_step_does_not_fill_the_momentum(monkeypatch):
+def test_a_first_skipped_step_does_not_fill_the_momentum(device, monkeypatch):
     """With dampening the first step differs from the others; a GPU's host does not know which one is the first."""
     monkeypatch.setattr(optim.FusedOptimizer, "_is_known", lambda *_: False)
-    values, options = [torch.randn(7, 5)], {"momentum": 0.9, "dampening": 0.5}
+    values, options = [torch.randn(7, 5, device=device)], {"momentum": 0.9, "dampening": 0.5}
     params, optimizer = make(values, optim.SGD, **options)
     from fastlm.ops import use_backend
 
     with use_backend("triton"):
-        params[0].grad = torch.full((7, 5), torch.nan)
+        params[0].grad = torch.full((7, 5), torch.nan, device=device)
         optimizer.step()
         run(params, optimizer, range(3))
     theirs = make(values, torch.optim.SGD, **options)
