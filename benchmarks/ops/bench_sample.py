@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.harness import Bench, Provider, compiled, ours, plain
+from benchmarks.harness import Aot, Bench, Provider, compiled, meta, ours, plain
 from fastlm import ops
 
 SETTINGS = {
@@ -73,3 +73,15 @@ BENCH = Bench(
     modes=("forward",),
     gate_size=lambda size: size | {"peak": 200.0},
 )
+
+
+def _aot(b, v, each=False, logprobs=False):
+    """Without filters, or with every setting of each row."""
+    seed, numbers = meta(2, dtype=torch.int64), meta(b, dtype=torch.float32) if each else None
+    return Aot("sample:draw", meta(b, v), numbers, numbers, numbers, seed, 0.8, 0.0, logprobs)
+
+
+AOT = [
+    *(_aot(b, v) for b, v in ((1024, 256), (256, 128256), (256, 50257), (1, 128256))),
+    *(_aot(b, 128256, True, True) for b in (256, 1)),
+]

@@ -16,9 +16,7 @@ from fastlm.ops._tensor import can_read, compute_dtype
 from fastlm.ops.random_bits import philox, philox_words, seed_tensor
 
 _STREAM = 0x73616D70  # third word of the counter: other numbers than dropout's
-_NUCLEUS = 1024  # tokens in which the torch form looks for top-p's share first
 _LARGEST = torch.finfo(torch.float32).max
-_FEW = 1024  # tokens that the torch form sorts with their places, which is as fast as without
 _AHEAD, _STEPS = 4096, 16  # logits for which the torch form makes the noise of so many steps of decoding at once
 _MOST_COLUMNS = 2**24 - 1  # of the kernel, whose masses are integers: more could overflow
 
@@ -63,11 +61,11 @@ def _gumbel_(words: np.ndarray, dtype: torch.dtype) -> Tensor:
     return u.add_(0.5).mul_(-(2.0**-32)).clamp_min_(2.0**-24 - 1).log1p_().neg_().log_()
 
 
-def _column(each: Tensor | None, all_: float, like: Tensor) -> Tensor | float:
-    """A setting as [rows, 1] or, where it is one for all, as a number; rounded to the logits' dtype."""
+def _column(each: Tensor | None, all_: float, dtype: torch.dtype) -> Tensor | float:
+    """A setting as [rows, 1] or, where it is one for all, as a number; rounded to the dtype."""
     if each is not None:
-        return each[:, None].to(like.dtype)
-    return float(all_ if like.dtype == torch.float64 else np.float32(all_))
+        return each[:, None].to(dtype)
+    return float(all_ if dtype == torch.float64 else np.float32(all_))
 
 
 def _reference(logits, temperatures, top_ks, top_ps, min_ps, seed, temperature, top_k, top_p, min_p, with_logprobs):
@@ -75,74 +73,46 @@ def _reference(logits, temperatures, top_ks, top_ps, min_ps, seed, temperature, 
     rule = _Rule(x, temperatures, temperature)
     if temperatures is None and temperature == 0:
         return rule.result(None, with_logprobs)
-    keep = rule.kept(top_ks, top_k, top_ps, top_p, min_ps, min_p)
-    drawn = torch.where(keep, rule.s + _noise(seed, *x.shape, x.dtype), -math.inf).argmax(-1)
-    return rule.result(drawn, with_logprobs)
+    s = rule.tempered(x)
+    keep = rule.kept(s, top_ks, top_k, top_ps, top_p, min_ps, min_p)
+    score = s + _noise(seed, *x.shape, x.dtype)
+    return rule.result((score if keep is None else torch.where(keep, score, -math.inf)).argmax(-1), with_logprobs)
 
 
 def _torch(logits, temperatures, top_ks, top_ps, min_ps, seed, temperature, top_k, top_p, min_p, with_logprobs):
-    """The same; where values can be read, of the largest logits alone where the filters leave no others, and with noise for
-    those that they leave."""
+    """The same; where values can be read, with noise for those alone that the filters leave."""
     each = (temperatures, top_ks, top_ps, min_ps)
-    if not can_read(logits) or not logits.shape[0]:
+    if not can_read(logits) or not logits.shape[0] or (temperatures is None and temperature == 0):
         return _reference(logits, *each, seed, temperature, top_k, top_p, min_p, with_logprobs)
     x = logits.detach().to(compute_dtype(logits))
-    if temperatures is None and temperature == 0:
-        return _reference(logits, *each, None, 0.0, 0, 1.0, 0.0, with_logprobs)
-    numbers, seed = all(t is None for t in each), seed.tolist()
-    near, total = _nearest(x, temperature, top_k, top_p) if numbers else (None, None)
-    if near is not None:
-        values, ids = near
-        rule = _Rule(values, None, temperature, host=True, top=values[:, :1])
-        place = ids if len(x) == 1 else ids + torch.arange(0, x.numel(), x.shape[1])[:, None]
-        score = rule.s - _host_noise(seed, *x.shape, x.dtype, place)
-        if top_p < 1 or min_p > 0:
-            score = torch.where(rule.kept(None, top_k, None, top_p, None, min_p, total), score, -math.inf)
-        drawn = ids.gather(1, score.argmax(-1, keepdim=True))[:, 0]
-        return _Rule(x, None, temperature, host=True).result(drawn, True) if with_logprobs else (drawn, _none(x))
     rule = _Rule(x, temperatures, temperature, host=True)
-    keep = None
-    if not numbers or top_k > 0 or top_p < 1 or min_p > 0:
-        keep = rule.kept(top_ks, top_k, top_ps, top_p, min_ps, min_p)
-    return rule.result(_drawn(rule.s, keep, seed), with_logprobs)
+    s = rule.tempered(x)
+    keep = rule.kept(s, top_ks, top_k, top_ps, top_p, min_ps, min_p)
+    return rule.result(_drawn(s, keep, seed.tolist()), with_logprobs)
+
+
+def _triton(logits, temperatures, top_ks, top_ps, min_ps, seed, temperature, top_k, top_p, min_p, with_logprobs):
+    """The thresholds by the reference's code, all else by the kernel."""
+    from fastlm.kernels.sample import draw  # needs triton
+
+    threshold = None
+    filters = top_ks is not None or top_k > 0 or top_ps is not None or top_p < 1
+    if filters and (temperatures is not None or temperature > 0):
+        threshold = _Rule(logits.detach(), temperatures, temperature).threshold(top_ks, top_k, top_ps, top_p)
+        threshold = None if threshold is None else threshold[:, 0].float()
+    return draw(logits, temperatures, threshold, min_ps, seed, temperature, min_p, with_logprobs)
 
 
 def _drawn(s: Tensor, keep: Tensor | None, seed: list[int]) -> Tensor:
     """The tokens with the largest s + noise among those that are kept; None: all."""
-    if keep is None or s.numel() <= _AHEAD:
+    ids = None if keep is None or s.numel() <= _AHEAD else keep.flatten().nonzero()[:, 0]
+    if ids is None or 4 * len(ids) > s.numel():  # Philox makes four words at once
         score = s - _host_noise(seed, *s.shape, s.dtype)
         return (score if keep is None else score.masked_fill_(~keep, -math.inf)).argmax(-1)
-    ids = keep.flatten().nonzero()[:, 0]
-    if 4 * len(ids) > s.numel():  # Philox makes four words at once
-        return (s - _host_noise(seed, *s.shape, s.dtype)).masked_fill_(~keep, -math.inf).argmax(-1)
     score = s.flatten()[ids] - _host_noise(seed, *s.shape, s.dtype, ids)
+    if len(s) == 1 and len(ids) > 0:  # none of NaN
+        return ids[score.argmax(-1, keepdim=True)]
     return torch.full_like(s, -math.inf).put_(ids, score).argmax(-1)
-
-
-def _nearest(x: Tensor, temperature: float, top_k: int, top_p: float):
-    """((The largest logits of each row, falling, and their tokens), of which there are few and to which top-k and top-p keep;
-    the mass of the whole row or, for that of these, None). (None, None) where they may keep others, or a row's top is not
-    finite."""
-    columns = x.shape[1]
-    if top_p < 1 and columns <= _FEW:
-        values, ids = x.sort(-1, descending=True)
-        if all(map(math.isfinite, values[:, 0].tolist())):
-            return (values, ids), None
-    elif 1 <= top_k <= columns // 4:
-        values, ids = x.topk(top_k + 1)  # one more, to see whether it equals the last
-        tops, ends, others = (values[:, place].tolist() for place in (0, -2, -1))
-        if all(map(math.isfinite, tops)) and all(map(float.__lt__, others, ends)):
-            return (values[:, :-1], ids[:, :-1]), None
-    elif top_k == 0 and top_p < 1 and (look := min(_NUCLEUS, columns // 64)) >= 16:  # more take topk much longer
-        values, ids = x.topk(look)
-        if all(map(math.isfinite, values[:, 0].tolist())):
-            rule = _Rule(x, None, temperature, host=True, top=values[:, :1])
-            total = rule.s.exp_().sum(-1, keepdim=True, dtype=torch.float64)
-            # Not for tops that hold it only by rounding, or that may have equals elsewhere.
-            above = rule.scaled(values, rule.factor).masked_fill(values == values[:, -1:], -math.inf)
-            if bool((above.exp().sum(-1, keepdim=True, dtype=torch.float64) * (1 - 1e-6) >= top_p * total).all()):
-                return (values, ids), total
-    return None, None
 
 
 def _none(x: Tensor) -> Tensor:
@@ -150,83 +120,96 @@ def _none(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.float32)
 
 
-def _both(one: Tensor | None, other: Tensor) -> Tensor:
-    return other if one is None else one & other
-
-
 class _Rule:
-    """Logits x [rows, columns], and s = (x - top) / temperature; s is 0 at the top, be it infinite.
+    """What is done to logits x [rows, columns]: what is not only compared or sorted, in `compute_dtype`. host: values can be
+    read."""
 
-    host: values can be read. top: finite largest values [rows, 1] of logits that fall along each row.
-    """
+    def __init__(self, x: Tensor, temperatures: Tensor | None, temperature: float, host: bool = False) -> None:
+        self.x, self.host, self.temperatures, self.dtype = x, host, temperatures, compute_dtype(x)
+        self.top = x.amax(-1, keepdim=True).to(self.dtype)
+        self.finite = host and all(map(math.isfinite, self.top.flatten().tolist()))
+        info = torch.finfo(self.dtype)  # not 0, times which -inf would be NaN, where the temperature is infinite
+        if temperatures is not None:
+            inverse = 1 / _column(temperatures, temperature, self.dtype)
+            self.factor = inverse.clamp(info.smallest_normal * info.eps, info.max)
+        else:
+            inverse = 1 / _column(None, temperature, self.dtype) if temperature else math.inf
+            self.factor = min(max(inverse, info.smallest_normal * info.eps), info.max)
 
-    def __init__(self, x: Tensor, temperatures: Tensor | None, temperature: float, host=False, top=None) -> None:
-        self.x, self.host, self.falls = x, host, top is not None
-        self.top = x.amax(-1, keepdim=True) if top is None else top
-        self.finite = self.falls or (host and all(map(math.isfinite, self.top.flatten().tolist())))
-        self.temperatures = temperatures
-        self.factor = None if temperatures is None and temperature == 1 else self._inverse(temperatures, temperature)
-        self.s = self.scaled(x, self.factor)
+    def below(self, x: Tensor) -> Tensor:
+        """x - top of any logits of these rows; 0 at the top, be it infinite."""
+        x = x.to(self.dtype)
+        return x - self.top if self.finite else torch.where(x == self.top, 0.0, x - self.top)
 
-    def _inverse(self, temperatures: Tensor | None, temperature: float) -> Tensor | float:
-        info = torch.finfo(self.x.dtype)  # not 0, times which -inf would be NaN, where the temperature is infinite
-        if temperatures is None:
-            inverse = 1 / _column(None, temperature, self.x) if temperature else math.inf
-            return min(max(inverse, info.smallest_normal * info.eps), info.max)
-        return (1 / _column(temperatures, temperature, self.x)).clamp(info.smallest_normal * info.eps, info.max)
+    def tempered(self, x: Tensor) -> Tensor:
+        """(x - top) / temperature."""
+        return self.below(x) * self.factor
 
-    def scaled(self, x: Tensor, factor: Tensor | None) -> Tensor:
-        """(x - top) * factor of any logits of these rows; None: without a factor."""
-        below = x - self.top if factor is None else (x - self.top) * factor
-        return below if self.finite else torch.where(x == self.top, 0.0, below)
-
-    def kept(self, top_ks, top_k, top_ps, top_p, min_ps, min_p, total=None) -> Tensor:
-        """Which tokens the filters leave. total: the mass before them, where x is the largest logits of each row alone."""
-        x, s = self.x, self.s
-        keep = None if self.falls else x > -math.inf  # under a finite top they cannot win
-        kth = self._top_k_threshold(top_ks, top_k)
-        if kth is not None:
-            keep = _both(keep, x >= kth)
-        if top_ps is not None or top_p < 1:
-            keep = _both(keep, x >= self._top_p_threshold(keep, top_ps, top_p, total))
+    def kept(self, s, top_ks, top_k, top_ps, top_p, min_ps, min_p) -> Tensor | None:
+        """Which tokens the filters leave, None: all; s: the tempered logits. (Those of -inf cannot win.)"""
+        threshold = self.threshold(top_ks, top_k, top_ps, top_p)
+        keep = None if threshold is None else self.x >= threshold
+        if min_ps is None and min_p == 0:
+            return keep
         if min_ps is not None:
-            keep = _both(keep, s >= _column(min_ps, min_p, x).clamp_min(0).log().clamp_max(0))
-        elif min_p > 0:
-            keep = _both(keep, s >= math.log(_column(None, min_p, x)))
-        return keep
+            probable = s >= _column(min_ps, min_p, self.dtype).clamp_min(0).log().clamp_max(0)
+        else:
+            probable = s >= math.log(_column(None, min_p, self.dtype))
+        return probable if keep is None else keep & probable
 
-    def _top_k_threshold(self, top_ks: Tensor | None, top_k: int) -> Tensor | None:
-        """The k-th largest of each row [rows, 1], or -inf; None if every row keeps all."""
-        columns = self.x.shape[-1]
-        if top_ks is None:
-            if not 1 <= top_k < columns:
-                return None
-            return self.x[:, top_k - 1 : top_k] if self.falls else self.x.topk(top_k).values[:, -1:]
-        k = top_ks[:, None]
-        return torch.where(k >= 1, self._falling(self.x).gather(1, k.clamp(1, columns) - 1), -math.inf)
+    def threshold(self, top_ks, top_k, top_ps, top_p) -> Tensor | None:
+        """The logit of each row [rows, 1] at and above which top-k, and then top-p, keep; None: they keep all."""
+        x, columns = self.x, self.x.shape[-1]
+        falling = kth = None
+        if top_ks is not None:
+            falling, k = self._falling(x), top_ks[:, None]
+            kth = torch.where(k >= 1, falling.gather(1, k.clamp(1, columns) - 1), -math.inf)
+            falling = falling.masked_fill(falling < kth, -math.inf)
+        elif 1 <= top_k < columns:
+            falling = x.topk(top_k).values
+            kth = falling[:, -1:]
+        if top_ps is None and top_p >= 1:
+            return kth
+        share = _column(top_ps, top_p, self.dtype)
+        wanted = share if top_ps is None else share.clamp_min(0).double()
+        if falling is None and self.host:
+            falling, total = self._most_of_the_mass(wanted)
+            mass = self._mass(falling).cumsum(-1)
+        else:
+            falling = self._falling(x) if falling is None else falling
+            each = self._mass(falling)
+            mass = each.cumsum(-1)
+            total = mass[:, -1:]
+            if falling.shape[-1] < columns:  # equals of the k-th logit that are not among the first k
+                beyond = (x == kth).sum(-1, keepdim=True) - (falling == kth).sum(-1, keepdim=True)
+                total = total + each[:, -1:] * beyond
+        last = falling.shape[-1] - 1
+        threshold = falling.gather(1, (mass < wanted * total.double()).sum(-1, keepdim=True).clamp_max(last))
+        if top_ps is None:
+            return threshold
+        return torch.where(share < 1, threshold, -math.inf if kth is None else kth)
 
-    def _top_p_threshold(self, keep: Tensor, top_ps: Tensor | None, top_p: float, total: Tensor | None) -> Tensor:
-        """The largest value of each row [rows, 1] at and above which the share top_p of the mass that `keep` leaves lies."""
-        x, s = self.x, self.s
-        if keep is not None:
-            x = x.masked_fill(~keep, -math.inf)
-            x = x if self.falls else self._falling(x)
-            s = self.scaled(x, self.factor)
-        # Of integers, 2^62 at most: on a GPU the running sum of a single row of floats differs from run to run.
-        one = 2.0**62 / x.shape[-1]
-        mass = s.exp().double().mul_(one).long().cumsum(-1)
-        share = _column(top_ps, top_p, x)
-        wanted = (share if top_ps is None else share.clamp_min(0).double()) * (
-            mass[:, -1:].double() if total is None else total * one
-        )
-        threshold = x.gather(1, (mass < wanted).sum(-1, keepdim=True).clamp_max(x.shape[-1] - 1))
-        return threshold if top_ps is None else torch.where(share < 1, threshold, -math.inf)
+    def _mass(self, x: Tensor) -> Tensor:
+        """exp(s) of any logits of these rows, as integers whose sum over a row is 2^62 at most: on a GPU the running sum of a
+        single row of floats differs from run to run."""
+        return self.tempered(x).exp().mul(2.0 ** (62 - (self.x.shape[-1] - 1).bit_length())).long()
 
-    def _falling(self, x: Tensor) -> Tensor:
-        """Each row sorted, the largest first."""
+    def _most_of_the_mass(self, share: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Where values can be read: the largest logits of each row, falling, that hold the share of its mass; the whole mass."""
+        mass = self._mass(self.x)
+        total = mass.sum(-1, keepdim=True)
+        # Tokens below 1 / columns of the rest hold less than the rest together. Somewhat less than it: products are rounded.
+        rest = (1 - share) * total.double() * ((1 - 1e-6) / self.x.shape[-1])
+        return self._falling(self.x, max(1, int((mass > rest).sum(-1).max()))), total
+
+    def _falling(self, x: Tensor, many: int | None = None) -> Tensor:
+        """Each row sorted, the largest first; where values can be read, so many of them."""
         if not self.host:
             return x.sort(-1, descending=True).values
-        return torch.from_numpy(np.sort(x.numpy())).flip(-1)  # a quarter of the time of torch's, which sorts places too
+        values = x.numpy()  # sorted in a quarter of the time of torch's, which sorts places too
+        if many is not None and many < values.shape[1]:
+            values = np.partition(values, values.shape[1] - many)[:, values.shape[1] - many :]
+        return torch.from_numpy(np.sort(values)).flip(-1)
 
     def result(self, drawn: Tensor | None, with_logprobs: bool) -> tuple[Tensor, Tensor]:
         """The drawn tokens, those of greedy rows and those of rows that hold nothing to draw; their log-probabilities."""
@@ -238,13 +221,15 @@ class _Rule:
         nothing = (self.top.isnan() | (self.top == -math.inf))[:, 0]
         logprobs = _none(self.x)
         if with_logprobs:
-            below = self.scaled(self.x, None)
+            below = self.below(self.x)
             logprobs = below.gather(1, tokens[:, None])[:, 0] - below.exp().sum(-1).log()
             logprobs = torch.where(nothing, math.nan, logprobs).float()
         return torch.where(nothing, -1, tokens), logprobs
 
 
 def _supports(backend, logits):
+    if backend == "triton" and (logits.shape[1] >= 2**30 or logits.shape[0] >= 2**31):
+        return f"it takes fewer than 2^31 rows of fewer than 2^30 logits, got {list(logits.shape)}"
     if backend == "cuda" and (logits.shape[1] > _MOST_COLUMNS or logits.shape[0] >= 2**28):
         return f"it takes fewer than 2^28 rows of fewer than 2^24 logits, got {list(logits.shape)}"
     return None
@@ -256,7 +241,7 @@ OP = Op(
     "int top_k, float top_p, float min_p, bool with_logprobs, str backend) -> (Tensor tokens, Tensor logprobs)",
     reference=_reference,
     torch=_torch,
-    kernels={"cuda": ("sample", None)},
+    kernels={"triton": (_triton, None), "cuda": ("sample", None)},
     supports=_supports,
     slower=not_measured,
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
@@ -334,7 +319,7 @@ def sample(
         seed: an int, or an int64 tensor [2] (seed, offset), read when the kernel runs: count its offset up inside a CUDA graph.
             None draws one.
         return_logprobs: also return log softmax(logits) of the tokens: those of the model, before temperature and filters.
-        backend: "auto", "reference", "torch" or "cuda".
+        backend: "auto", "reference", "torch", "triton" or "cuda".
 
     Returns:
         int64 [B]; with return_logprobs a tuple with fp32 [B]. A row with NaN, or of -inf alone, gives -1 and NaN. No gradient
@@ -344,8 +329,9 @@ def sample(
         ValueError: logits not [B, V] with V >= 1, a setting out of range or of another shape, on another device, an unknown or
         unsupported backend. TypeError: logits not floating point, a setting's or the seed's dtype.
 
-    Backends: torch (the default), cuda (one launch; compute capability >= 8.0, V below 2^24, B below 2^28, not chosen by
-    "auto"), reference.
+    Backends: torch (the CPU default), triton (the GPU default; one launch, or three where rows are few and wide, behind torch's
+    own calls for the thresholds of top-k and top-p; V below 2^30, B below 2^31), cuda (one launch for all; V below 2^24, B below
+    2^28, not chosen by "auto"), reference. GPUs: compute capability >= 8.0.
     Papers: Fan et al. 2018, arXiv:1805.04833; Holtzman et al. 2019, arXiv:1904.09751; Nguyen et al. 2024, arXiv:2407.01082; the
     draw as in Kool et al. 2019, arXiv:1903.06059; thresholds instead of sorting: Ye et al. 2025, arXiv:2501.01005.
     """

@@ -1,4 +1,5 @@
-"""sample: filters against transformers, the draw's distribution, its noise, and what it refuses. Its kernel: tests/csrc."""
+"""sample: filters against transformers, the draw's distribution, its noise, and what it refuses. The Triton kernel has more in
+test_sample_triton.py, the CUDA kernel in tests/csrc."""
 
 import math
 from fractions import Fraction
@@ -14,6 +15,7 @@ from fastlm.ops.random_bits import philox
 from fastlm.ops.sample import _Rule
 
 PLAIN = ("reference", "torch")
+HERE = (*PLAIN, "triton")
 OPTIONS = [
     {},
     {"temperature": 0.7},
@@ -28,7 +30,9 @@ OPTIONS = [
 def kept(logits, host=False, **options):
     """Which tokens the filters leave."""
     rule = _Rule(logits, None, options.get("temperature", 1.0), host)
-    return rule.kept(None, options.get("top_k", 0), None, options.get("top_p", 1.0), None, options.get("min_p", 0.0))
+    s = rule.tempered(logits)
+    keep = rule.kept(s, None, options.get("top_k", 0), None, options.get("top_p", 1.0), None, options.get("min_p", 0.0))
+    return torch.ones_like(s, dtype=torch.bool) if keep is None else keep
 
 
 def filtered(logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
@@ -64,6 +68,11 @@ def test_equal_logits_stay_or_go_together():
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
     assert kept(logits, top_k=2).tolist() == [[True, True, True, True, False]]
     assert kept(logits, top_p=0.6).tolist() == [[True, True, True, True, False]]
+    for share, first in (
+        (0.45, True),
+        (0.5, False),
+    ):  # e^2 is 0.476 of what top-k leaves, which is all of the equal ones
+        assert kept(logits, top_k=2, top_p=share).tolist() == [[True, *3 * [not first], False]]
     assert kept(logits, top_p=1e-9).tolist() == [[True, False, False, False, False]]
     assert kept(logits, min_p=1.0).tolist() == [[True, False, False, False, False]]
 
@@ -102,7 +111,7 @@ def test_the_noise_is_philoxs():
             u = (int(words[t % 4]) + 0.5) / 2**32
             scores.append(logits[row, t].item() - math.log(-math.log1p(-u)))
         rows.append(max(range(10), key=scores.__getitem__))
-    for backend in PLAIN:
+    for backend in HERE:
         assert ops.sample(logits, seed=seed, backend=backend).tolist() == rows
 
 
@@ -126,7 +135,7 @@ def test_torch_draws_what_the_reference_draws(dtype):
                 torch.testing.assert_close(one[1].double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("options", [{}, {"top_k": 3, "top_p": 0.6}, {"temperature": 0.0}, {"min_p": 0.2}], ids=str)
 def test_rows_with_infinities_and_nan(options, backend):
     x = torch.randn(5, 24)
@@ -137,10 +146,11 @@ def test_rows_with_infinities_and_nan(options, backend):
     tokens, logprobs = ops.sample(x, seed=1, return_logprobs=True, backend=backend, **options)
     assert tokens[[0, 1, 3, 4]].tolist() == [-1, -1, 23, 1] and tokens[2] in (5, 9)
     assert logprobs[:2].isnan().all()
+    assert ops.sample(torch.full((1, 5003), math.nan), seed=1, backend=backend, **options).tolist() == [-1]
     torch.testing.assert_close(logprobs[2:], torch.tensor([-math.log(2), 0.0, 0.0]))
 
 
-@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("backend", HERE)
 def test_an_infinite_temperature_makes_all_finite_logits_equal(backend):
     x = 3 * torch.randn(6, 37)
     x[:, ::2] = -math.inf
@@ -206,9 +216,10 @@ def test_it_is_compiled_and_gives_no_gradient():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu():
+@pytest.mark.parametrize("backend", ("triton", "cuda"))
+def test_on_a_gpu(backend):
     """The kernel draws what the reference draws, without waiting for the host, and again in a graph with another offset."""
-    if reason := _cuda.unavailable():
+    if backend == "cuda" and (reason := _cuda.unavailable()):
         pytest.skip(reason)
     for columns in (7, 1000, 50257, 128256):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -216,23 +227,23 @@ def test_on_a_gpu():
             seed = torch.tensor([9, 0], device="cuda")
             for options in (*OPTIONS, {"temperature": 0}, {"top_p": torch.linspace(0.1, 1, 5, device="cuda")}):
                 draw = lambda backend: ops.sample(x, seed=seed, backend=backend, **options)  # noqa: B023, E731
-                want, draws = draw("reference"), draw("cuda")
+                want, draws = draw("reference"), draw(backend)
                 near = int((draws != want).sum())  # rounding moves a draw between near ties, and at the edge of top_p
                 assert near <= 1, (columns, dtype, options, draws, want)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        first = ops.sample(x, top_k=50, top_p=0.9, seed=seed, backend="cuda")
+        first = ops.sample(x, top_k=50, top_p=0.9, seed=seed, backend=backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = ops.sample(x, top_k=50, top_p=0.9, seed=seed, backend="cuda")
+        captured = ops.sample(x, top_k=50, top_p=0.9, seed=seed, backend=backend)
     graph.replay()
     assert torch.equal(captured, first)
     seed[1] += 1
     graph.replay()
-    assert torch.equal(captured, ops.sample(x, top_k=50, top_p=0.9, seed=seed, backend="cuda"))
+    assert torch.equal(captured, ops.sample(x, top_k=50, top_p=0.9, seed=seed, backend=backend))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +273,7 @@ def test_on_a_gpu():
         (TypeError, "min_p must be real numbers", {"min_p": torch.ones(2).bool()}),
         (ValueError, "min_p must be on logits' device", {"min_p": torch.ones(2, device="meta")}),
         (TypeError, "seed must be an int", {"seed": 1.5}),
-        (ValueError, "backend must be 'auto' or one of", {"backend": "triton"}),
+        (ValueError, "backend must be 'auto' or one of", {"backend": "numpy"}),
     ],
 )
 def test_wrong_arguments(error, words, change):
