@@ -5,6 +5,8 @@ import sys
 import time
 from functools import partial
 
+import pytest
+
 from benchmarks import apart
 
 
@@ -18,7 +20,7 @@ def _deaf(path):
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _write(path, "deaf")
+    _write(path, f"deaf {os.getpid()}")
     time.sleep(60)
 
 
@@ -34,7 +36,10 @@ def test_one_that_hangs_or_dies_costs_no_other(tmp_path, monkeypatch, capfd):
     }
     start = time.monotonic()
     assert apart.run(calls, 1.0) == ["dies", "slow", "deaf", "raises"]
-    assert time.monotonic() - start < 20 and (tmp_path / "done").read_text().split() == ["deaf", "good"]
+    deaf, pid, good = (tmp_path / "done").read_text().split()
+    assert time.monotonic() - start < 20 and (deaf, good) == ("deaf", "good")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
     errors = capfd.readouterr().err
     assert "dies: exit status 9" in errors and "slow: stopped after its 1 s" in errors and "deaf: stopped" in errors
     assert "ValueError: invalid literal" in errors and "raises: exit status 1" in errors and "good" not in errors

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.run import ops_with_benchmarks
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -81,6 +83,9 @@ def test_a_plain_call_does_what_is_worth_most_first_and_keeps_time_for_the_rest(
     limits = [seconds for seconds, _ in calls]
     assert limits[1] == 100 and limits[2] == limits[3] == 120 and limits[0] <= 525 - 420
     assert "--no-compiled" in calls[5][1] and calls[5][0] <= 525 - 90 and "--compiled" in calls[10][1]
+    files = re.findall(r"(\S+/tests/ops/test_\w+\.py)", calls[2][1])
+    assert len(files) == 12 and all(Path(file).exists() for file in files)
+    assert sorted(re.findall(r"--op (\S+)", calls[4][1] + calls[5][1])) == ops_with_benchmarks()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "generate.jsonl", "ops.jsonl", "ops.txt", "summary.txt", "tests.txt", "train.jsonl"]  # fmt: skip
 
