@@ -181,8 +181,7 @@ class _Rule:
             mass = each.cumsum(-1)
             total = mass[:, -1:]
             if falling.shape[-1] < columns:  # equals of the k-th logit that are not among the first k
-                beyond = (x == kth).sum(-1, keepdim=True) - (falling == kth).sum(-1, keepdim=True)
-                total = total + each[:, -1:] * beyond
+                total = total + each[:, -1:] * ((x >= kth).sum(-1, keepdim=True) - top_k)
         last = falling.shape[-1] - 1
         threshold = falling.gather(1, (mass < wanted * total.double()).sum(-1, keepdim=True).clamp_max(last))
         if top_ps is None:

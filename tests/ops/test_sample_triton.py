@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
 
@@ -39,7 +40,7 @@ def check(x, options, seed=(5, 0)):
         alone = ops.sample(x, seed=seed, backend="triton", **options)
     want, expected = ops.sample(x, seed=seed, return_logprobs=True, backend="reference", **options)
     assert found.dtype == torch.int64 and torch.equal(found, want) and torch.equal(alone, want)
-    torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=2e-6, equal_nan=True)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=5e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"temperature": 0}, EACH], ids=str)
@@ -131,7 +132,8 @@ def test_noise_has_its_digits_and_is_philoxs(device):
     want = torch.from_numpy(-np.log(-np.log1p(-u.astype(np.float64))))
     error = (gumbel(words).cpu().double() - want).abs()
     # In units of the last place, of 1 where the noise is near 0: there it is of the waiting time, which is near 1.
-    assert (error / (2.0**-23 * want.abs().clamp_min(1))).max() < 1.5
+    most = 1.5 if device == "cpu" else 4  # a GPU's division is rounded to 2
+    assert (error / (2.0**-23 * want.abs().clamp_min(1))).max() < most
 
     for seed, row, start in ((-5, 3, 8), (2**40 + 3, 2**20, 4096)):
         key = torch.tensor([seed, 2**33 + 7], device=device)
@@ -140,6 +142,36 @@ def test_noise_has_its_digits_and_is_philoxs(device):
         group = torch.arange(start // 4, start // 4 + 16, device=device)
         counter = [group, *(torch.full_like(group, c) for c in (row, 0x73616D70, 7))]
         assert torch.equal(out, gumbel(torch.stack(philox(key[0], *counter), -1).flatten()))
+
+
+class _Calls(TorchDispatchMode):
+    """Those that launch something, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not (func.is_view or "alias" in str(func) or "empty" in str(func)):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_torch_does_little_beside_it_and_waits_for_nothing(device):
+    """A token of decoding costs what is launched; the reference's noise alone is 190 calls."""
+    x, seed = torch.randn(2, 300, device=device).bfloat16(), torch.tensor([1, 2], device=device)
+    for options, most in (
+        ({}, 0),
+        ({"min_p": 0.1}, 0),
+        ({"top_k": 5}, 5),
+        ({"top_p": 0.9}, 20),
+        ({"top_k": 5, "top_p": 0.9}, 25),
+    ):
+        with mock.patch.object(kernel, "draw", lambda logits, *_: (logits, logits)), _Calls() as calls:
+            ops.sample(x, seed=seed, backend="triton", **options)
+        assert not {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"} & set(calls.names)
+        names = [name for name in calls.names if name not in ("sample", "promote_types")]
+        assert len(names) <= most, names
 
 
 @contextlib.contextmanager
