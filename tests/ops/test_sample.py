@@ -130,6 +130,8 @@ def test_torch_draws_what_the_reference_draws(dtype):
             assert torch.equal(one[0], two[0]) and torch.equal(one[1].nan_to_num(9), two[1].nan_to_num(9))
             assert one[0].dtype == torch.int64 and one[1].dtype == torch.float32
             assert torch.equal(ops.sample(x, seed=5, **options), one[0])
+            alone = {name: v[:1] if isinstance(v, torch.Tensor) and v.ndim else v for name, v in options.items()}
+            assert torch.equal(ops.sample(x[:1], seed=5, **alone), one[0][:1])
             if columns > 1:
                 want = x.double().log_softmax(-1).gather(1, one[0][:, None])[:, 0]
                 torch.testing.assert_close(one[1].double(), want, rtol=1e-5, atol=1e-5)
