@@ -247,7 +247,7 @@ done
 measure "attention" "$(share 120 attention)" 60 "$attention" --no-compiled
 measure "ops" "$(share 400 ops)" 40 "$others" --no-compiled
 if wants models; then for name in "${models[@]}"; do model "$name"; done; fi
-[ $dry = 1 ] && others=softmax attention=""
+[ $dry = 1 ] && others="${others:+softmax}" attention=""
 measure "ops beside torch.compile" "$(share 400 models)" 60 "$others" --compiled
 measure "attention beside torch.compile" "$(share 400 models)" 120 "$attention" --compiled
 exit 0

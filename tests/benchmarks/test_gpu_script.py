@@ -124,6 +124,12 @@ def test_two_calls_do_all_of_it(tmp_path):
     assert "--op attention" in calls[1][1] and calls[2][0] > 350 and "-m pytest" not in str(calls)
 
 
+def test_a_rehearsal_of_one_part_does_no_other(tmp_path):
+    calls, _ = _on_a_bad_day(tmp_path, "--dry", "--only", "models")
+    assert ["pip" in calls[0][1], "bench_train" in calls[1][1], "bench_generate" in calls[2][1]] == [True] * 3
+    assert len(calls) == 3
+
+
 def test_out_of_time_is_said(tmp_path):
     calls, summary = _on_a_bad_day(tmp_path, "--seconds", "14")
     assert "out of time before ops\n" in summary and "out of time before training gpt2\n" in summary and len(calls) == 4
