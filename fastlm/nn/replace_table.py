@@ -182,12 +182,13 @@ def _causal_lm(module, known, *args, **kwargs):
     whole = isinstance(keep, int) and keep == 0
     if labels is None or not module.training or not whole or _why_not_loss(module, known) is not None:
         return original(module, *args, **kwargs)
-    from transformers import modeling_outputs
+    # Not `from transformers import modeling_outputs`, whose lazy module Dynamo of torch 2.11 refuses.
+    from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
 
     as_dict = given.pop("return_dict", None)
     outputs = module.base_model(**given)
     loss = _shifted_loss(module, outputs.last_hidden_state, labels, **given)
-    kind = getattr(modeling_outputs, known.names[0])
+    kind = CausalLMOutputWithPast if known.names[0] == "CausalLMOutputWithPast" else CausalLMOutputWithCrossAttentions
     names = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
     found = kind(loss=loss, logits=None, **{name: outputs[name] for name in names if name in outputs})
     as_dict = module.config.return_dict if as_dict is None else as_dict

@@ -132,7 +132,7 @@ def without_hidden_keys(call: Call, x: Tensor) -> Tensor:
     """x [B, T, ...] with zeros where key_lengths and key_starts hide the keys: 0 * garbage is NaN where the garbage is."""
     if call.key_lengths is None and Extras(*call.extras).key_starts is None:
         return x
-    place = _Place(call)
+    place = _Place(call, slice(None))
     position, lengths, starts = place.key_position, call.key_lengths, place.extras.key_starts
     hidden = torch.zeros((), dtype=torch.bool, device=x.device)
     if place.packed:
@@ -155,7 +155,7 @@ class _Place:
     Attributes: query [*, S, 1] and key [*, 1, T] positions; distance [*, S, T] of a key from the diagonal, key - query - offset.
     """
 
-    def __init__(self, call: Call, rows: slice = slice(None)) -> None:
+    def __init__(self, call: Call, rows: slice) -> None:  # Dynamo of torch 2.11 takes no slice as a class's default
         self.call, self.rows = call, rows
         extras = self.extras = Extras(*call.extras)
         S, T, device = call.q.shape[1], call.k.shape[1], call.q.device
@@ -266,7 +266,7 @@ def kept(call: Call) -> Tensor:
     Philox 4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) with key `seed` and counter (key // 4, query, sequence * H +
     head, offset); of its four words the one of key % 4, kept if it is at least dropout * 2^32.
     """
-    place = _Place(call)
+    place = _Place(call, slice(None))
     H = call.q.shape[2]
     head = torch.arange(H, device=call.q.device)[None, :, None, None]
     batch = place.segment_q[None, :] if place.packed else torch.arange(call.q.shape[0], device=call.q.device)[:, None]

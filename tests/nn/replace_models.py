@@ -30,6 +30,8 @@ COUNTS = {"gpt2": 9, "llama": 9, "mistral": 9, "qwen3": 13, "gemma2": 13, "phi3"
 
 def make(name, dtype=torch.float32, kind=AutoModelForCausalLM, **more):
     torch.manual_seed(1)
+    if name == "gemma2":  # transformers' choice differs by version, and torch's attention leaves the softcap out
+        more = {"attn_implementation": "eager"} | more
     model = kind.from_config(CONFIGS[name](**more)).to(dtype)
     for key, parameter in model.named_parameters():
         scale = parameter.ndim == 1 and key.endswith("weight") and name != "gemma2"
