@@ -28,7 +28,9 @@ def scale_and_inverse(matrix, by_row, given):
         amax = _largest(matrix, 1 if by_row else None)
     amax = amax.to(torch.float32).view(rows, 1).clamp(min=TINY)
     amax = amax + (amax - amax)  # infinity becomes NaN
-    return amax / LARGEST, amax.reciprocal() * LARGEST
+    # By a tensor: a number's reciprocal is what torch multiplies by on a GPU, a bit off the kernel's quotient.
+    scale = amax / LARGEST if amax.is_cpu else amax / torch.full_like(amax, LARGEST)
+    return scale, amax.reciprocal() * LARGEST
 
 
 def _largest(matrix, dim):
