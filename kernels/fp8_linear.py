@@ -29,7 +29,7 @@ def scale_and_inverse(matrix, by_row, given):
     amax = amax.to(torch.float32).view(rows, 1).clamp(min=TINY)
     amax = amax + (amax - amax)  # infinity becomes NaN
     # By a tensor: a number's reciprocal is what torch multiplies by on a GPU, a bit off the kernel's quotient.
-    scale = amax / LARGEST if amax.is_cpu else amax / amax.new_full((), LARGEST)
+    scale = amax / LARGEST if amax.is_cpu else amax / torch.empty_like(amax).fill_(LARGEST)
     return scale, amax.reciprocal() * LARGEST
 
 
