@@ -99,13 +99,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         if max_norm is not None and not max_norm > 0:
             raise UserError(f"{type(self).__name__}: max_norm must be above 0 or None, got {max_norm}")
         self.max_norm, self.skip_nonfinite = max_norm, skip_nonfinite
-        self.grad_norm: Tensor | None = None
-        self.skipped = torch.zeros((), dtype=torch.int64)
+        # In a dict: torch 2.11 compiles no assignment to an attribute of an optimizer.
+        self._seen: dict[str, Tensor | None] = {"grad_norm": None, "skipped": torch.zeros((), dtype=torch.int64)}
         self._prepared: dict[Tensor, tuple] = {}  # parameters whose state is complete -> for which options
         self._plan: _Plan | None = None
         self._averaging = False
         self._loading: dict[str, Any] | None = None
         super().__init__(params, defaults)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The global norm of the last step's gradients, before clipping: a 0-d tensor, or None where nobody asked for it."""
+        return self._seen["grad_norm"]
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many steps were not made since a gradient was NaN or infinite: int64, 0-d, on the gradients' device."""
+        return self._seen["skipped"]
 
     # --- what a subclass says -------------------------------------------------------------------------------------
 
@@ -166,13 +176,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         moving = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         grads = [p.grad for params in moving for p in params]
         if not grads:
-            self.grad_norm = None
+            self._seen["grad_norm"] = None
             return loss
         self._check_gradients(grads)
         scale, found_inf = self._survey(grads, grad_scale)
         if found_inf is not None:
-            self.skipped = self.skipped.to(found_inf.device)  # once: it stays there
-            self.skipped += found_inf != 0
+            if self.skipped.device != found_inf.device:  # once: it stays there
+                self._seen["skipped"] = self.skipped.to(found_inf.device)
+            self.skipped.add_(found_inf != 0)
             if self._is_known(found_inf):
                 if found_inf.item():
                     return loss
@@ -210,13 +221,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # GradScaler's
         if loss_scale is not None:
             scale = 1.0 / loss_scale if scale is None else scale / loss_scale
-        self.grad_norm = None
+        self._seen["grad_norm"] = None
         if self.max_norm is None and not self.skip_nonfinite:
             return scale, found_inf
         norm = global_norm(grads)
         if scale is not None:
             norm = norm * (scale.abs().to(norm.device) if isinstance(scale, Tensor) else abs(scale))
-        self.grad_norm = norm
+        self._seen["grad_norm"] = norm
         if self.max_norm is not None:
             coefficient = clip_coefficient(norm, self.max_norm)
             if isinstance(scale, Tensor):
@@ -235,13 +246,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         ]
         kinds = [[(id(p), p.dtype, p.device) for p in params] for params in moving]
         states = list(self.state.values())
-        if self._plan is None or not self._plan.serves(kinds, options, states):
-            for group, params, wanted in zip(self.param_groups, moving, options):
-                self._prepare(group, params, wanted)
-            states = list(self.state.values())
-            turns = list(self._counted_together(moving))
+        if self._plan is not None and self._plan.serves(kinds, options, states):
+            return self._plan.turns, states
+        for group, params, wanted in zip(self.param_groups, moving, options):
+            self._prepare(group, params, wanted)
+        states = list(self.state.values())
+        turns = list(self._counted_together(moving))
+        if not torch.compiler.is_compiling():  # compiled, who steps together is part of the code
             self._plan = _Plan(kinds, options, list(map(id, states)), [state.get("step") for state in states], turns)
-        return self._plan.turns, states
+        return turns, states
 
     def _prepare(self, group: dict[str, Any], params: list[Tensor], options: tuple) -> None:
         """Completes the states of those of these parameters that are new, or whose group's options have changed."""
@@ -435,8 +448,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_norm", "skip_nonfinite", "skipped", "grad_norm")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        own = {"max_norm": self.max_norm, "skip_nonfinite": self.skip_nonfinite, "_seen": dict(self._seen)}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by load_state_dict and by unpickling."""
@@ -445,7 +458,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_loaded(state["param_groups"])
             storage.restore(self, state, before, self._loading)
             skipped = torch.as_tensor(self._loading.get("skipped", 0), dtype=torch.int64)
-            state = {**state, "skipped": skipped.to(self.skipped.device, copy=True)}
+            seen = {**self._seen, "skipped": skipped.to(self.skipped.device, copy=True)}
+            state = {**state, "_seen": seen}
         super().__setstate__(state)
         self._prepared, self._plan, self._averaging, self._loading = {}, None, False, None
         storage.share_steps(self)

@@ -90,10 +90,10 @@ def test_the_count_of_skipped_steps_goes_along(tmp_path):
     theirs.load_state_dict(state)
     for source, count in ((through_a_file(state), 2), (theirs.state_dict(), 0), ({**state, "skipped": 7}, 7)):
         twin = optim.AdamW(model.parameters())
-        twin.skipped += 5
+        twin.skipped.add_(5)
         twin.load_state_dict(source)
         assert twin.skipped.item() == count and twin.skipped.dtype == torch.int64
-    optimizer.skipped += 1
+    optimizer.skipped.add_(1)
     assert state["skipped"].item() == 2, "a state dict went on counting"
     path = checkpoint.save(tmp_path, 1, model, optimizer, {})
     checkpoint.load(path, model, twin)
