@@ -9,7 +9,8 @@ PY := $(VENV)/bin/python
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest
 JOBS ?= 2
 # A process that dies fails the run: pytest-xdist 3.8 may wait for ever for the files of one that it has replaced.
-PARALLEL := -n $(JOBS) --dist loadfile --max-worker-restart 0
+# In the order of tests/conftest.py, where the longest files come first: it would begin with those of the most tests.
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: demo test test-all lint format bench aot wheel clean
 
