@@ -9,7 +9,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,37 +17,9 @@ from torch import Tensor
 from fastlm.errors import UserError
 from fastlm.optim import state as storage
 from fastlm.optim.clip import clip_coefficient, global_norm
+from fastlm.optim.plan import Plan, Turn
 
 _ONE = storage.count(1)
-
-
-class _Turn(NamedTuple):
-    """Parameters of one group that have made equally many steps, counted by one tensor, and make the next one together."""
-
-    group: int
-    step: Tensor
-    # Lists of parameters of one dtype, device and kind of state: their places among the group's with a gradient, and the places
-    # of their states in optimizer.state.
-    alike: list[tuple[list[int], list[int]]]
-
-
-class _Plan(NamedTuple):
-    """The turns of a step. It serves the next one too, as long as the same parameters have gradients and the states are as it
-    left them: to find it again would take longer than to step a small model. It keeps nothing alive but counts of steps."""
-
-    moving: list[list[tuple]]  # of each group: identity, dtype and device of its parameters with a gradient
-    options: list[tuple]  # of each group: what its states were made for
-    states: list[int]  # identities
-    steps: list[Tensor | None]
-    turns: list[_Turn]
-
-    def serves(self, moving: list[list[tuple]], options: list[tuple], states: list[dict]) -> bool:
-        return (
-            self.options == options
-            and self.moving == moving
-            and self.states == list(map(id, states))
-            and all(state.get("step") is step for state, step in zip(states, self.steps))
-        )
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -102,7 +74,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # In a dict: torch 2.11 compiles no assignment to an attribute of an optimizer.
         self._seen: dict[str, Tensor | None] = {"grad_norm": None, "skipped": torch.zeros((), dtype=torch.int64)}
         self._prepared: dict[Tensor, tuple] = {}  # parameters whose state is complete -> for which options
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._averaging = False
         self._loading: dict[str, Any] | None = None
         super().__init__(params, defaults)
@@ -238,7 +210,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
         return scale, found_inf
 
-    def _turns(self, moving: list[list[Tensor]]) -> tuple[list[_Turn], list[dict[str, Tensor]]]:
+    def _turns(self, moving: list[list[Tensor]]) -> tuple[list[Turn], list[dict[str, Tensor]]]:
         """Who steps together, and all states in their order; `moving` are the parameters of each group that have a gradient."""
         options = [
             (self._moments(group), *map(group.get, storage.STORED), group.get("average_decay") is None)
@@ -253,7 +225,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         states = list(self.state.values())
         turns = list(self._counted_together(moving))
         if not torch.compiler.is_compiling():  # compiled, who steps together is part of the code
-            self._plan = _Plan(kinds, options, list(map(id, states)), [state.get("step") for state in states], turns)
+            self._plan = Plan(kinds, options, list(map(id, states)), [state.get("step") for state in states], turns)
         return turns, states
 
     def _prepare(self, group: dict[str, Any], params: list[Tensor], options: tuple) -> None:
@@ -273,7 +245,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             storage.complete(self, p, group, state)
             self._prepared[p] = (p.dtype, *options)
 
-    def _counted_together(self, moving: list[list[Tensor]]) -> Iterator[_Turn]:
+    def _counted_together(self, moving: list[list[Tensor]]) -> Iterator[Turn]:
         """Those of a group's parameters with a gradient that have one step tensor, which then no other parameter has.
 
         Parameters of a group that always step together share it: counting is one addition for all of them. It lives on the
@@ -295,10 +267,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                     step = self.state[params[0]]["step"].clone()
                     for p in params:
                         self.state[p]["step"] = step
-                yield _Turn(number, self.state[params[0]]["step"], self._alike(moving[number], params))
+                yield Turn(number, self.state[params[0]]["step"], self._alike(moving[number], params))
 
     def _count(
-        self, turn: _Turn, moving: list[list[Tensor]], states: list[dict], found_inf: Tensor | None
+        self, turn: Turn, moving: list[list[Tensor]], states: list[dict], found_inf: Tensor | None
     ) -> int | Tensor:
         """Counts the step; its number, from 1."""
         step, device = turn.step, moving[turn.group][turn.alike[0][0][0]].device
